@@ -1,0 +1,183 @@
+"""Barriers that name who is missing. Owns ``barrier:NAME:RUN:SEQ``.
+
+Guarantees: a round counts distinct members, so a retry changes nothing; it has one final state, the same for all; broken and timed
+out raise an error that names exactly who had not arrived. The members of a round are the run's roster, or an explicit subset.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import orjson
+
+from dtr import names
+from dtr.clock import SYSTEM, Clock
+from dtr.errors import BarrierBroken, BarrierError, BarrierTimeout, CoordinatorRefused, CoordinatorUnavailable, InvalidInput
+from dtr.membership import Identity
+from dtr.runs import Run
+from dtr.state.client import translate
+from dtr.state.exchange import MAX_BLOCK_MS, Exchange
+from dtr.state.job import JobState
+from dtr.state.keys import RoundKeys
+
+__all__ = ["Barriers", "Missing"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """A member that had not arrived; ``step`` and ``beat_age_s`` are None where nothing is known."""
+
+    rank: int
+    worker: str
+    host: str
+    step: int | None
+    beat_age_s: float | None
+    departed: str | None
+
+    def __str__(self) -> str:
+        step = "no step yet" if self.step is None else f"last step {self.step}"
+        beat = "no beat known" if self.beat_age_s is None else f"last beat {self.beat_age_s:.1f} s ago"
+        gone = f", departed: {self.departed}" if self.departed else ", alive"
+        return f"rank {self.rank} {self.worker} on {self.host} ({step}, {beat}{gone})"
+
+
+class Barriers:
+    """The barriers of one member in one run; counts the rounds of each name from 0."""
+
+    def __init__(self, state: JobState, exchange: Exchange, who: Identity, run: Run, *, clock: Clock = SYSTEM) -> None:
+        self._state, self._exchange, self._who, self._run, self._clock = state, exchange, who, run, clock
+        self._seq: dict[str, int] = {}
+        self._wake_id = run.wake_id
+
+    def wait(self, name: str, *, timeout_s: float, members: Collection[str] | None = None) -> str:
+        """Arrive, and wait for every other expected member.
+
+        Args:
+            name: of the barrier; the n-th call with this name in this run is round n.
+            timeout_s: then the round ends for all, unless it was released meanwhile.
+            members: worker ids to expect, the same for every caller; default: the whole roster.
+
+        Returns ``"form"`` when a newcomer waits for the next run (all members of the round get the same answer), else ``""``.
+
+        Raises:
+            BarrierBroken: an expected member departed; ``missing`` and ``reason`` say who and why.
+            BarrierTimeout: the first timeout ended the round for all; ``missing`` says who had not arrived.
+            RosterChanged: the run had ended before this round began.
+            CoordinatorUnavailable: Redis could not be reached until the timeout; the round has no verdict, and the next call asks
+                for the same one.
+        """
+        names.name(name, "barrier")
+        subset = self._subset(members)
+        seq = self._seq.get(name, 0)
+        keys = self._state.keys.barrier(name, self._run.id, seq)
+        try:
+            wanted = self._exchange_until_final(name, seq, keys, subset, timeout_s)
+        except BarrierError as exc:
+            if isinstance(exc, (BarrierBroken, BarrierTimeout)):
+                self._seq[name] = seq + 1
+                raise self._described(exc, name, seq) from None
+            raise
+        self._seq[name] = seq + 1
+        return wanted
+
+    def _exchange_until_final(self, name: str, seq: int, keys: RoundKeys, subset: str, timeout_s: float) -> str:
+        job, who, run = self._state.keys, self._who, self._run
+        script_keys = [job.meta, job.roster, job.run(run.id), job.forming, keys.round, keys.arrived, keys.wake, job.events]
+        args = [who.state_id, run.id, who.worker_id, run.rank, who.incarnation, name, seq, subset]
+        deadline = self._clock.monotonic() + timeout_s
+        left_ms = timeout_s * 1000
+        while True:
+            try:
+                streams = {keys.wake: "0-0", job.wake: self._wake_id}
+                answer, entries = self._exchange.run_and_wait(
+                    "barrier_arrive", script_keys, args, streams, min(MAX_BLOCK_MS, int(left_ms) or 1)
+                )
+                if answer[0] == "RELEASED":
+                    return str(answer[3])
+                for stream, entry_id, fields in entries:
+                    if stream == keys.wake and fields["state"] == "RELEASED":
+                        return fields["wanted"]
+                    if stream == job.wake:
+                        self._wake_id = entry_id
+                left_ms = (deadline - self._clock.monotonic()) * 1000
+                if left_ms <= 0:
+                    return self._time_out(keys, subset, timeout_s)
+            except CoordinatorRefused:
+                raise
+            except CoordinatorUnavailable as exc:
+                left_ms = (deadline - self._clock.monotonic()) * 1000
+                if left_ms <= 0:
+                    raise CoordinatorUnavailable(f"barrier {name!r} round {seq} has no verdict after {timeout_s:g} s: {exc}") from exc
+                self._clock.sleep(min(0.2, left_ms / 1000))
+
+    def _time_out(self, keys: RoundKeys, subset: str, timeout_s: float) -> str:
+        job = self._state.keys
+        answer = self._state.call(
+            "barrier_timeout",
+            [job.run(self._run.id), keys.round, keys.arrived, keys.wake, job.events],
+            [self._who.worker_id, subset, f"{timeout_s:g}"],
+        )
+        return str(answer[3])
+
+    def _subset(self, members: Collection[str] | None) -> str:
+        if members is None:
+            return ""
+        if isinstance(members, str) or not all(isinstance(m, str) for m in members):
+            raise InvalidInput("members must be a collection of worker ids", field="members")
+        chosen = sorted(members)
+        unknown = [m for m in chosen if m not in self._run.roster]
+        if not chosen or len(set(chosen)) != len(chosen) or unknown or self._who.worker_id not in chosen:
+            raise InvalidInput(
+                f"members must be distinct worker ids of run {self._run.id}, the caller {self._who.worker_id} among them, got {chosen}"
+                + (f"; not in the run: {unknown}" if unknown else ""),
+                field="members",
+            )
+        return orjson.dumps(chosen).decode()
+
+    def _described(self, exc: BarrierError, name: str, seq: int) -> BarrierError:
+        reason, _, words = exc.message.partition(" | ")
+        words = words.split(" script: ")[0]  # an engine may add where the script failed
+        missing = self._look_up([word.partition(":")[::2] for word in words.split()])
+        verdict = "is broken" if isinstance(exc, BarrierBroken) else "timed out"
+        who = "; ".join(map(str, missing)) or "nobody: all had arrived"
+        return type(exc)(
+            f"barrier {name!r} round {seq} of run {self._run.id} {verdict}: {reason}. Missing: {who}",
+            barrier=name, seq=seq, run=self._run.id, reason=reason, missing=tuple(missing),
+        )  # fmt: skip
+
+    def _look_up(self, seats: list[tuple[str, str]]) -> list[Missing]:
+        """What is known of each; the error must be raised even if Redis cannot be asked any more."""
+        now_ms = time.time() * 1000
+        hashes: list[dict[str, str]] = [{} for _ in seats]
+        departed: list[str | None] = [None for _ in seats]
+        try:
+            with translate(self._state.url):
+                pipeline = self._state.redis.pipeline(transaction=False)
+                for _, worker in seats:
+                    pipeline.hgetall(self._state.keys.worker(worker))
+                    pipeline.hget(self._state.keys.departed, worker)
+                pipeline.time()
+                *replies, (seconds, microseconds) = pipeline.execute()
+            now_ms, hashes, departed = seconds * 1000 + microseconds / 1000, replies[::2], replies[1::2]
+        except CoordinatorUnavailable:
+            pass  # names and ranks are known without it
+        found = []
+        for (rank, worker), fields, gone in zip(seats, hashes, departed, strict=True):
+            incarnation, left_at, left_step, why = ((gone or "").split(" ", 3) + [""] * 4)[:4]
+            seat = self._run.roster.get(worker)
+            mine = seat is not None and incarnation == seat.incarnation
+            step = fields.get("step") or (left_step if mine and left_step.isdigit() else "")
+            beat_at = fields.get("beat_at") or (left_at if mine else "")
+            found.append(
+                Missing(
+                    rank=int(rank),
+                    worker=worker,
+                    host=seat.host if seat else "?",
+                    step=int(step) if step else None,
+                    beat_age_s=max(0.0, (now_ms - float(beat_at)) / 1000) if beat_at else None,
+                    departed=why if mine else None,
+                )
+            )
+        return found

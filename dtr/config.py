@@ -1,0 +1,225 @@
+"""Settings as one frozen value: an argument beats the environment (``DTR_*``), which beats ``dtr.toml``, which beats the default.
+
+Only this module reads the environment. Every setting may be given as ``DTR_NAME`` (upper case) or as ``name = ...`` in ``dtr.toml``
+(of the working folder, or where ``DTR_CONFIG`` points); an unknown name is refused and the nearest one is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from dtr import names
+from dtr.errors import ConfigError
+
+__all__ = ["DEFAULT_REDIS_URL", "LauncherEnvironment", "Settings", "default_staging"]
+
+DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
+# Variables of the launcher and of tests; they are not settings, so they are no typing errors either.
+_NOT_SETTINGS: Final = {"CONFIG", "LAUNCHER", "WORKER_ID", "WORLD_MIN", "RESTARTS", "FAILPOINT", "TESTING", "HOME"}
+
+
+def default_staging() -> str:
+    """A folder in shared memory that belongs to this user."""
+    base = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"  # noqa: S108 - named per user, made with mode 0700
+    return f"{base}/dtr-{os.getuid()}"
+
+
+def _setting(default: Any, what: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"what": what, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings of dtr. Make one with :meth:`load`."""
+
+    redis_url: str = _setting(DEFAULT_REDIS_URL, "the coordinator, redis://[user:password@]host:port/db or rediss:// or unix://")
+    broker_url: str | None = _setting(None, "Celery's broker; default: redis_url")
+    job: str = _setting("default", "'name' or 'tenant/name'")
+    store: str | None = _setting(None, "where checkpoints go: a folder, file:///folder or s3://bucket/prefix")
+    staging: str = _setting("", "folder for staging slots; default: in /dev/shm, per user")
+    ttl_s: float = _setting(5.0, "a member that has not beaten for this long is taken for dead", 0.3, 86_400)
+    beat_interval_s: float = _setting(1.0, "seconds between beats; ttl_s must hold at least 3", 0.1, 3_600)
+    barrier_timeout_s: float = _setting(300.0, "how long a barrier waits", 0.01, 604_800)
+    form_timeout_s: float = _setting(600.0, "how long forming a run waits for members", 0.01, 604_800)
+    settle_s: float = _setting(3.0, "an elastic run forms when nobody new came for this long", 0.0, 3_600)
+    slots: int = _setting(2, "staging slots per trainer", 2, 64)
+    slot_policy: str = _setting("wait", "no free slot: wait, skip or fail")
+    slot_wait_s: float = _setting(600.0, "how long policy 'wait' waits for a free slot", 0.0, 604_800)
+    staging_budget_bytes: int | None = _setting(None, "upper bound of all slots in the staging folder; default: what is free", 1)
+    lease_s: float = _setting(10.0, "an upload's claim on a part; renewed at a third of it", 1.0, 3_600)
+    max_attempts: int = _setting(5, "attempts at one part without progress before the checkpoint is aborted", 1, 1_000)
+    scan_interval_s: float = _setting(2.0, "seconds between two scans of the reconciler", 0.1, 3_600)
+    keep_last: int = _setting(5, "commits that retention keeps on the lineage; 0 keeps all", 0)
+    reader_grace_s: float = _setting(600.0, "how long objects outlive their manifest, for readers under way", 0.0, 2_592_000)
+    upload_mbps: float | None = _setting(None, "bandwidth cap of one upload in MB/s", 0.001)
+    flower_port: int = _setting(5555, "port of Flower on 127.0.0.1", 1, 65_535)
+
+    @classmethod
+    def load(cls, *, environ: Mapping[str, str] | None = None, config_file: str | Path | None = None, **given: Any) -> Settings:
+        """Merge the sources and check every value.
+
+        Args:
+            environ: the environment; default ``os.environ``.
+            config_file: the TOML file; default ``DTR_CONFIG``, else ``./dtr.toml`` if there is one.
+            given: settings that the caller chose; None means "not given".
+
+        Raises:
+            ConfigError: names the setting, where it came from, what was given and what is expected.
+        """
+        env = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        values.update(cls._from_file(config_file or env.get("DTR_CONFIG")))
+        values.update(cls._from_environment(env))
+        values.update({k: cls._checked(k, v, "argument") for k, v in given.items() if v is not None})
+        loaded = cls(**values)
+        if not loaded.staging:
+            loaded = cls(**{**values, "staging": default_staging()})
+        if loaded.ttl_s < 3 * loaded.beat_interval_s:
+            raise ConfigError(
+                f"ttl_s must hold at least 3 beats: ttl_s is {loaded.ttl_s:g} and beat_interval_s is {loaded.beat_interval_s:g}; "
+                "raise ttl_s or lower beat_interval_s",
+                setting="ttl_s",
+            )
+        return loaded
+
+    @property
+    def broker(self) -> str:
+        """The broker's URL."""
+        return self.broker_url or self.redis_url
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting by name, secrets included: mask URLs before showing them."""
+        return asdict(self)
+
+    @classmethod
+    def _from_environment(cls, env: Mapping[str, str]) -> dict[str, Any]:
+        known = {f.name for f in fields(cls)}
+        found = {}
+        for variable, text in env.items():
+            if not variable.startswith("DTR_") or variable[4:] in _NOT_SETTINGS or variable.startswith("DTR_TEST_"):
+                continue
+            name = variable[4:].lower()
+            if name not in known:
+                raise ConfigError(f"{variable} is not a setting of dtr{_nearest(variable, {'DTR_' + k.upper() for k in known})}")
+            if text == "":
+                raise ConfigError(f"{variable} is empty: unset it, or give {_what(cls, name)}", setting=name)
+            found[name] = cls._checked(name, text, variable)
+        return found
+
+    @classmethod
+    def _from_file(cls, path: str | Path | None) -> dict[str, Any]:
+        explicit = path is not None
+        file = Path(path) if path is not None else Path("dtr.toml")
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if explicit:
+                raise ConfigError(f"DTR_CONFIG: there is no file {file}") from None
+            return {}
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+            raise ConfigError(f"{file} is not readable TOML: {exc}") from exc
+        known = {f.name for f in fields(cls)}
+        for name in table:
+            if name not in known:
+                raise ConfigError(f"{file}: {name} is not a setting of dtr{_nearest(name, known)}")
+        return {name: cls._checked(name, value, str(file)) for name, value in table.items()}
+
+    @classmethod
+    def _checked(cls, name: str, value: Any, source: str) -> Any:
+        spec = {f.name: f for f in fields(cls)}.get(name)
+        if spec is None:
+            raise ConfigError(f"{name} is not a setting of dtr{_nearest(name, {f.name for f in fields(cls)})}")
+        kind = str(spec.type).removesuffix(" | None")
+        parsed = _parse(kind, value)
+        low, high = spec.metadata["low"], spec.metadata["high"]
+        if (
+            parsed is None
+            or (low is not None and not parsed >= low)
+            or (high is not None and not parsed <= high)
+            or (name == "slot_policy" and parsed not in {"wait", "skip", "fail"})
+        ):
+            shown = "***" if "://" in str(value) else repr(value)
+            raise ConfigError(f"{source}: {name} must be {_expected(kind, low, high)} ({spec.metadata['what']}), got {shown}", setting=name)
+        if name == "job":
+            names.job_name(parsed)
+        return parsed
+
+
+def _parse(kind: str, value: Any) -> Any:
+    """The value as ``kind``, or None: numbers may be text (the environment), text may not be a number."""
+    if kind == "str":
+        return value if isinstance(value, str) and "\0" not in value and value else None
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+        if kind == "float":
+            return number if math.isfinite(number) else None
+        return int(value) if not isinstance(value, float) or value == int(value) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _expected(kind: str, low: float | None, high: float | None) -> str:
+    if kind == "str":
+        return "text"
+    word = "a number" if kind == "float" else "an integer"
+    if low is not None and high is not None:
+        return f"{word} from {low:g} to {high:g}"
+    return f"{word} from {low:g}" if low is not None else word
+
+
+def _what(cls: type[Settings], name: str) -> str:
+    return str({f.name: f for f in fields(cls)}[name].metadata["what"])
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "; `dtr config show` lists them all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherEnvironment:
+    """What a launcher (ours, torchrun, SLURM's wrappers) tells its trainers through the environment."""
+
+    rank: int | None
+    world_size: int | None
+    local_rank: int
+    world_min: int | None
+    worker_id: str | None
+    socket: str | None
+    restarts: int
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None) -> LauncherEnvironment:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and the DTR_* variables of the launcher; raises ConfigError that names the variable."""
+        env = os.environ if environ is None else environ
+        world_size = _env_integer(env, "WORLD_SIZE", 1)
+        rank = _env_integer(env, "RANK", 0)
+        if rank is not None and world_size is not None and rank >= world_size:
+            raise ConfigError(f"RANK must be below WORLD_SIZE: RANK is {rank} and WORLD_SIZE is {world_size}")
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=_env_integer(env, "LOCAL_RANK", 0) or 0,
+            world_min=_env_integer(env, "DTR_WORLD_MIN", 1),
+            worker_id=env.get("DTR_WORKER_ID"),
+            socket=env.get("DTR_LAUNCHER"),
+            restarts=_env_integer(env, "DTR_RESTARTS", 0) or 0,
+        )
+
+
+def _env_integer(env: Mapping[str, str], variable: str, low: int) -> int | None:
+    text = env.get(variable)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) >= low):
+        raise ConfigError(f"{variable} must be an integer from {low}, got {text!r}", setting=variable)
+    return int(text)

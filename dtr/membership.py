@@ -1,0 +1,198 @@
+"""Members of a job: they join, beat and depart. Owns ``members``, ``fences``, ``departed``, ``ring``, ``worker:ID`` and ``meta``'s phase.
+
+Guarantees: a worker_id has at most one living incarnation, the newest; death is the recorded reap, so a beat before it revives and
+nothing after it does; only Redis's own clock decides; a time in which nobody could beat kills nobody.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dtr.clock import SYSTEM, Clock
+from dtr.errors import CoordinatorUnavailable
+from dtr.ring import virtual_nodes
+from dtr.state.client import translate
+from dtr.state.job import JobState
+from dtr.state.keys import JOBS
+
+__all__ = ["BeatAnswer", "Identity", "MemberView", "beat", "depart", "join", "members", "new_incarnation", "open_state"]
+
+RECOVER_LEASE_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """One registration of one worker."""
+
+    state_id: str
+    worker_id: str
+    incarnation: str
+    host: str
+    pid: int
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeatAnswer:
+    """What a beat learns: the generation of the membership, and the open run ('' between runs)."""
+
+    generation: int
+    run: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberView:
+    """A member as people see it; ``deadline_ms`` from now, negative when it is overdue and not yet reaped."""
+
+    worker_id: str
+    deadline_ms: int
+    fields: dict[str, str]
+
+
+def new_incarnation() -> str:
+    """The token of one registration."""
+    return secrets.token_hex(6)
+
+
+def open_state(
+    state: JobState,
+    *,
+    recover: Callable[[str], int] | None = None,
+    counter: int = 0,
+    timeout_s: float = 120.0,
+    clock: Clock = SYSTEM,
+) -> str:
+    """Find the job's state, or create it; whoever creates it rebuilds the index first, and the others wait until that is done.
+
+    Args:
+        state: the job.
+        recover: called with the state id by the one member that rebuilds; returns the highest run number that the store knows.
+        counter: the highest run number that the caller knows.
+        timeout_s: how long to wait for another member's rebuild.
+        clock: for the wait.
+
+    Returns the state id.
+    """
+    proposed, who = secrets.token_hex(8), secrets.token_hex(8)
+    deadline = clock.monotonic() + timeout_s
+    keys = state.keys
+    while True:
+        state_id, phase, recover_by, _ = state.call("state_open", [keys.meta, keys.events], [proposed, who, RECOVER_LEASE_MS])
+        if phase != "READY" and recover_by == who:
+            known = recover(state_id) if recover is not None else 0
+            phase = state.call("state_ready", [keys.meta, keys.wake, keys.events], [state_id, who, max(known, counter)])
+        if phase == "READY":
+            with translate(state.url):
+                state.redis.zadd(JOBS, {state.job: state.server_now_ms()})
+            return str(state_id)
+        if clock.monotonic() > deadline:
+            raise CoordinatorUnavailable(
+                f"job {state.job}: another member ({recover_by}) has been rebuilding the state for {timeout_s:g} s; "
+                "look at its log, or run `dtr rebuild`"
+            )
+        clock.sleep(0.1)
+
+
+def join(state: JobState, who: Identity, *, ttl_ms: int) -> int:
+    """Register; an older incarnation of the same worker_id departs. Returns the generation."""
+    keys = state.keys
+    points = virtual_nodes(who.worker_id).values()
+    answer = state.call(
+        "member_join",
+        [
+            keys.meta,
+            keys.members,
+            keys.fences,
+            keys.departed,
+            keys.roster,
+            keys.ring,
+            keys.wake,
+            keys.events,
+            keys.worker(who.worker_id),
+        ],
+        [who.state_id, who.worker_id, who.incarnation, ttl_ms, who.host, who.pid, who.address, *points],
+    )
+    return int(answer)
+
+
+def beat(
+    state: JobState,
+    who: Identity,
+    *,
+    number: int,
+    ttl_ms: int,
+    interval_ms: int,
+    step: int | None = None,
+    **progress: str | int,
+) -> BeatAnswer:
+    """Renew the deadline and report; reaps lapsed members on the way.
+
+    Args:
+        state: the job.
+        who: the registration.
+        number: of this beat: one more than the last that was answered.
+        ttl_ms: time to live without another beat.
+        interval_ms: between two beats.
+        step: the last step, None before the first.
+        progress: further fields for ``worker:ID``, for people.
+
+    Raises:
+        StaleIncarnation: the member was reaped or replaced.
+        StateLost: Redis was emptied or lost writes.
+    """
+    keys = state.keys
+    fields = [text for pair in progress.items() for text in pair] or ["phase", "alive"]
+    generation, run = state.call(
+        "member_beat",
+        [
+            keys.meta,
+            keys.members,
+            keys.fences,
+            keys.departed,
+            keys.roster,
+            keys.ring,
+            keys.wake,
+            keys.events,
+            keys.worker(who.worker_id),
+        ],
+        [
+            who.state_id,
+            who.worker_id,
+            who.incarnation,
+            number,
+            ttl_ms,
+            interval_ms,
+            "" if step is None or step < 0 else step,
+            *fields,
+        ],
+    )
+    return BeatAnswer(generation=int(generation), run=run or "")
+
+
+def depart(state: JobState, *, state_id: str, worker_id: str, incarnation: str, reason: str) -> bool:
+    """Record that this incarnation is gone; True if it was not known to be. Safe to call for one that is gone already."""
+    keys = state.keys
+    answer = state.call(
+        "member_depart",
+        [keys.meta, keys.members, keys.fences, keys.departed, keys.roster, keys.ring, keys.wake, keys.events],
+        [state_id, worker_id, incarnation, " ".join(reason.split())[:200] or "left"],
+    )
+    return bool(int(answer))
+
+
+def members(state: JobState) -> list[MemberView]:
+    """All members, by name, with their hashes."""
+    with translate(state.url):
+        deadlines: dict[str, float] = dict(state.redis.zrange(state.keys.members, 0, -1, withscores=True))
+        now = state.server_now_ms()
+        pipeline = state.redis.pipeline(transaction=False)
+        names = sorted(deadlines)
+        for name in names:
+            pipeline.hgetall(state.keys.worker(name))
+        hashes = pipeline.execute()
+    return [
+        MemberView(worker_id=name, deadline_ms=int(deadlines[name]) - now, fields=fields)
+        for name, fields in zip(names, hashes, strict=True)
+    ]

@@ -1,0 +1,61 @@
+"""Checks of what comes from outside: names, steps, ranks, sizes. Each raises InvalidInput that names the field."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from dtr.errors import InvalidInput
+
+_NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62})?", re.ASCII)
+MAX_STEP: Final = 2**53 - 1  # an integer that a double, and so Redis, holds exactly
+
+__all__ = ["MAX_STEP", "job_name", "name", "positive", "rank", "step"]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def name(value: Any, field: str) -> str:
+    """A name of one word: 1 to 63 of ``A-Z a-z 0-9 . _ -``, the first a letter or digit."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value) or ".." in value:
+        raise InvalidInput(
+            f"{field} must be 1 to 63 characters of A-Z a-z 0-9 . _ - and begin with a letter or digit, got {_shown(value)}",
+            field=field,
+        )
+    return value
+
+
+def job_name(value: Any) -> str:
+    """A job: ``name`` or ``tenant/name``."""
+    words = value.split("/") if isinstance(value, str) else [value]
+    if len(words) > 2:
+        raise InvalidInput(f"job must be 'name' or 'tenant/name', got {_shown(value)}", field="job")
+    for word in words:
+        name(word, "job")
+    return str(value)
+
+
+def _integer(value: Any, field: str, low: int, high: int, what: str) -> int:
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        number = value.__index__()
+        if isinstance(number, int) and low <= number <= high:
+            return number
+    raise InvalidInput(f"{field} must be {what}, got {_shown(value)}", field=field)
+
+
+def step(value: Any, field: str = "step") -> int:
+    """A training step: an integer from 0 to 2**53 - 1."""
+    return _integer(value, field, 0, MAX_STEP, "an integer from 0 to 2**53 - 1")
+
+
+def positive(value: Any, field: str, high: int = MAX_STEP) -> int:
+    """An integer from 1."""
+    return _integer(value, field, 1, high, f"an integer from 1 to {high}")
+
+
+def rank(value: Any, world_size: int, field: str = "rank") -> int:
+    """A rank: an integer from 0 to world_size - 1."""
+    return _integer(value, field, 0, world_size - 1, f"an integer from 0 to world_size - 1 = {world_size - 1}")

@@ -1,0 +1,88 @@
+"""What a trainer is doing, on one page of memory that its launcher reads without asking it.
+
+A trainer that holds the GIL in C code still shows how far it was. The page is a file shared by mmap; a writer counts up before and
+after, so that a reader notices a page caught in the middle.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["Progress", "ProgressPage", "read_page"]
+
+_LAYOUT: Final = struct.Struct("<8sQqd32sQ")
+_MAGIC: Final = b"DTRPAGE1"
+PAGE_BYTES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """The newest report: ``step`` is -1 before the first; ``at`` is CLOCK_MONOTONIC seconds of this host."""
+
+    step: int
+    phase: str
+    at: float
+
+
+class ProgressPage:
+    """The trainer's side. Without a path it is plain memory."""
+
+    __slots__ = ("_counter", "_map", "path")
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._counter = 0
+        if path is None:
+            self._map = mmap.mmap(-1, PAGE_BYTES)
+        else:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, PAGE_BYTES)
+                self._map = mmap.mmap(descriptor, PAGE_BYTES)
+            finally:
+                os.close(descriptor)
+        self.write(-1, "starting")
+
+    def write(self, step: int, phase: str) -> None:
+        """Report; costs about a microsecond."""
+        self._counter += 1
+        word = phase.encode()[:32]
+        self._map[: _LAYOUT.size] = _LAYOUT.pack(_MAGIC, self._counter, step, time.monotonic(), word, self._counter)
+
+    def read(self) -> Progress:
+        """The newest report."""
+        found = _parse(self._map[: _LAYOUT.size])
+        if found is None:
+            raise ValueError("the page's own writer cannot find it torn")
+        return found
+
+    def close(self) -> None:
+        """Unmap, and remove the file."""
+        self._map.close()
+        if self.path is not None:
+            try:
+                os.unlink(self.path)
+            except FileNotFoundError:
+                pass  # the launcher cleaned up first
+
+
+def _parse(raw: bytes) -> Progress | None:
+    magic, before, step, at, phase, after = _LAYOUT.unpack(raw)
+    if magic != _MAGIC or before != after:
+        return None
+    return Progress(step=step, phase=phase.rstrip(b"\0").decode(errors="replace"), at=at)
+
+
+def read_page(path: str) -> Progress | None:
+    """The launcher's side: the newest report, or None if there is no page or it is being written at this moment."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_LAYOUT.size)
+    except OSError:
+        return None
+    return _parse(raw) if len(raw) == _LAYOUT.size else None

@@ -1,0 +1,8 @@
+"""The local stack: a Redis, an uploader and Flower on this machine, for those who have none."""
+
+from dtr.stack.home import Home, Record, Running, default_home
+from dtr.stack.server import listening
+from dtr.stack.stack import Down, Stack, Up
+from dtr.stack.supervisor import ServiceFailed
+
+__all__ = ["Down", "Home", "Record", "Running", "ServiceFailed", "Stack", "Up", "default_home", "listening"]

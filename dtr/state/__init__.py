@@ -1,0 +1,1 @@
+"""What Redis holds and how it is reached: the key schema, the connections, the scripts."""

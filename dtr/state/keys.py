@@ -1,0 +1,124 @@
+"""The one place that spells Redis keys, and the documented schema of dtr's state.
+
+Every key of a job begins with ``dtr:{JOB}:``; the braces are a Redis Cluster hash tag, so all keys of a job live in one slot and every
+script is a single-slot script. Times are milliseconds of the server's clock. Under the prefix:
+
+=============================  ======  ==============================================================================================
+key                            type    holds (TTL; written by)
+=============================  ======  ==============================================================================================
+``meta``                       hash    schema, state_id, phase (READY or RECOVERING, recover_by, recover_until), revision, generation,
+                                       run (the current one, empty between runs), run_counter, last_run, ended_run, ended_worker,
+                                       ended_rank, ended_reason, beat_at, grace_until, latest (RUN/STEP) (none; every module)
+``members``                    zset    worker -> deadline in ms (none; join, beat, depart)
+``fences``                     hash    worker -> incarnation; worker/CHANNEL -> ``number answer`` (none; join, depart, each channel)
+``departed``                   hash    worker -> ``incarnation time step reason`` of its newest departure (none; depart, reap)
+``counters``                   hash    counter -> value: saves_skipped, ... (none; trainers)
+``worker:ID``                  hash    incarnation, host, pid, address, step, phase, idle_s, late_ms, beat_at (the member's ttl; join, beat)
+``ring``                       zset    ``worker#n`` -> mmh3 point, for people: agents compute it from member ids (none; join)
+``roster``                     hash    the current run only: worker -> ``rank incarnation`` (none; form, depart)
+``forming``                    hash    arrivals of the next run: worker -> ``incarnation asked_rank host`` (none; form)
+``run:RUN``                    hash    world_size, generation, previous, base_state, base_run, base_step, store, formed_at, and one field
+                                       ``member:ID`` -> ``rank incarnation host`` each (none; form, base)
+``run:RUN:restore``            hash    the collective restore: state, choice, offers, ``offer:RANK``, ``vote:RANK``, ``dropped:RUN/STEP``
+                                       (1 day; restore)
+``barrier:NAME:RUN:SEQ``       hash    one round: state, arrived, expected, members (digest), opened_at, missing, reason, wanted
+                                       (60 s once final, else 1 day; arrive, timeout)
+``...:arrived``                set     members that arrived (as the round)
+``...:wake``                   stream  one entry when the round is final (as the round)
+``wake``                       stream  news that interrupts a wait: departed, joined, formed, restore (about 1,000 entries)
+``lineage``                    hash    run -> last step inclusive that the lineage took from it; empty for the current run (base)
+``ckpts``                      zset    ``RUN/STEP`` -> step (retention removes)
+``open_ckpts``                 zset    ``RUN/STEP`` -> created_at, while WRITING, SEALED or ABORTING (begin, decide)
+``ckpt:RUN:STEP``              hash    state, reason, world_size, expected, done, replicated, store, created_at, sealed_at, decided_at,
+                                       size_bytes (retention removes)
+``ckpt:RUN:STEP:parts``        hash    per rank R: ``R/state``, ``R/worker``, ``R/incarnation``, ``R/host``, ``R/size_bytes``,
+                                       ``R/checksum``, ``R/object``, ``R/nonce``, ``R/uploader``, ``R/lease_until``, ``R/attempts``,
+                                       ``R/progress_bytes``, ``R/error`` (as its checkpoint)
+``dataset:NAME``               hash    the registered spec (none; register)
+``dataset:NAME:files``         hash    file -> facts (none; register)
+``placement:NAME``             hash    parent, generation, computing lease (none; placement)
+``placement:NAME:GENERATION``  hash    worker -> its shards (two kept; placement)
+``events``                     stream  members, runs, broken rounds, checkpoints, recovery (about 10,000 entries; every module)
+=============================  ======  ==============================================================================================
+
+Outside any job: ``dtr:jobs`` (zset, job -> last seen) and ``dtr:uploader:HOST`` (hash with TTL: an uploader lives there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from dtr import names
+
+__all__ = ["JOBS", "Keys", "RoundKeys", "uploader", "upload_queue"]
+
+JOBS: Final = "dtr:jobs"
+
+
+def uploader(host: str) -> str:
+    """The presence of an uploader on ``host``."""
+    return f"dtr:uploader:{host}"
+
+
+def upload_queue(host: str) -> str:
+    """The Celery queue that the uploaders of ``host`` consume."""
+    return f"dtr.upload.{host}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundKeys:
+    """The three keys of one barrier round."""
+
+    round: str
+    arrived: str
+    wake: str
+
+
+class Keys:
+    """Spells every key of one job."""
+
+    __slots__ = ("job", "prefix")
+
+    def __init__(self, job: str) -> None:
+        self.job = names.job_name(job)
+        self.prefix = f"dtr:{{{job}}}:"
+
+    def __getattr__(self, name: str) -> str:
+        if name in _SIMPLE:
+            return self.prefix + name
+        raise AttributeError(name)
+
+    def worker(self, worker_id: str) -> str:
+        return f"{self.prefix}worker:{worker_id}"
+
+    def run(self, run: str) -> str:
+        return f"{self.prefix}run:{run}"
+
+    def restore(self, run: str) -> str:
+        return f"{self.prefix}run:{run}:restore"
+
+    def barrier(self, name: str, run: str, seq: int) -> RoundKeys:
+        base = f"{self.prefix}barrier:{name}:{run}:{seq}"
+        return RoundKeys(round=base, arrived=f"{base}:arrived", wake=f"{base}:wake")
+
+    def ckpt(self, run: str, step: int) -> str:
+        return f"{self.prefix}ckpt:{run}:{step}"
+
+    def parts(self, run: str, step: int) -> str:
+        return f"{self.prefix}ckpt:{run}:{step}:parts"
+
+    def dataset(self, name: str) -> str:
+        return f"{self.prefix}dataset:{name}"
+
+    def dataset_files(self, name: str) -> str:
+        return f"{self.prefix}dataset:{name}:files"
+
+    def placement(self, name: str, generation: int | None = None) -> str:
+        base = f"{self.prefix}placement:{name}"
+        return base if generation is None else f"{base}:{generation}"
+
+
+_SIMPLE: Final = frozenset(
+    {"meta", "members", "fences", "departed", "ring", "roster", "forming", "wake", "lineage", "ckpts", "open_ckpts", "events", "counters"}
+)

@@ -1,0 +1,66 @@
+-- Renew one member's deadline, report its progress, and record the death of a bounded number of members whose deadline passed.
+-- Nobody is reaped within a grace after a time in which nobody could beat (a pause of Redis makes every deadline lapse at once).
+-- KEYS
+--   1 meta        hash    the job's state
+--   2 members     zset    worker -> deadline
+--   3 fences      hash    worker -> incarnation, and the numbers of its channels
+--   4 departed    hash    who left and why
+--   5 roster      hash    of the current run
+--   6 ring        zset    virtual nodes, for people
+--   7 wake        stream  interrupts waits
+--   8 events      stream  for people
+--   9 worker_key  hash    this member, with TTL
+-- ARGV
+--   1 state_id    string  that the member joined
+--   2 worker      string  worker_id
+--   3 incarnation string  of the member
+--   4 number      integer of this beat in channel beat, from 1
+--   5 ttl_ms      integer time to live without a beat
+--   6 interval_ms integer between two beats of a member
+--   7 step        string  the last step, or empty
+--   8+ progress   string  fields and values for worker_key: phase, step_at, ...
+-- RETURNS {generation, run}
+-- ERRORS STATE_LOST RECOVERING STALE_INCARNATION
+-- WRITES meta members fences departed roster ring wake events worker_key
+-- IDEMPOTENT sets only; a member that was reaped is not reaped again
+-- INCLUDE now integer state event depart
+local meta, members, fences, departed, roster, ring = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local wake, events, worker_key = KEYS[7], KEYS[8], KEYS[9]
+local state_id, worker, incarnation, number = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local ttl_ms, interval_ms, step = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+
+local held = redis.call('HMGET', meta, 'state_id', 'phase', 'generation', 'run', 'beat_at', 'grace_until')
+local lost = state_error(held[1], held[2], state_id)
+if lost then return lost end
+local mine = redis.call('HMGET', fences, worker, worker .. '/beat')
+if mine[1] ~= incarnation then
+  local gone = redis.call('HGET', departed, worker)
+  return redis.error_reply('STALE_INCARNATION ' .. worker .. ' is no longer registered as ' .. incarnation .. ': ' .. (gone or 'unknown'))
+end
+local last = tonumber(mine[2] and string.match(mine[2], '^%d+') or 0)
+if number > last + 1 then
+  return redis.error_reply('STATE_LOST beat ' .. (number - 1) .. ' was acknowledged and is gone: Redis lost writes')
+end
+
+local now = now_ms()
+local now_text = integer(now)
+redis.call('ZADD', members, now + ttl_ms, worker)
+if number > last then redis.call('HSET', fences, worker .. '/beat', number .. ' ' .. step) end
+redis.call('HSET', worker_key, 'incarnation', incarnation, 'beat_at', now_text, 'step', step, unpack(ARGV, 8))
+redis.call('PEXPIRE', worker_key, ttl_ms)
+local beat_at, grace_until = tonumber(held[5]), tonumber(held[6])
+if now - beat_at > 2 * interval_ms then
+  grace_until = now + ttl_ms
+  redis.call('HSET', meta, 'beat_at', now_text, 'grace_until', integer(grace_until))
+elseif now - beat_at > interval_ms / 10 then
+  redis.call('HSET', meta, 'beat_at', now_text)
+end
+if now >= grace_until then
+  local lapsed = redis.call('ZRANGE', members, '-inf', '(' .. now_text, 'BYSCORE', 'LIMIT', 0, 8)
+  for _, other in ipairs(lapsed) do
+    depart(now, meta, members, fences, departed, roster, ring, wake, events, other,
+      redis.call('HGET', fences, other) or '?', 'no beat within its ttl')
+  end
+  if #lapsed > 0 then held = redis.call('HMGET', meta, 'state_id', 'phase', 'generation', 'run') end
+end
+return {held[3], held[4]}

@@ -1,0 +1,291 @@
+"""The agent: what a trainer holds in its hand. Joins a job, forms runs, meets at barriers, reports steps, saves and restores.
+
+Everything that a trainer calls goes through here; each piece (session, data sets, checkpoints) can also be used alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Collection, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from dtr import names
+from dtr.config import LauncherEnvironment, Settings
+from dtr.errors import ConfigError, InvalidInput
+from dtr.runs import World
+from dtr.session import Session
+
+if TYPE_CHECKING:
+    from dtr.checkpoint.handle import SaveHandle
+    from dtr.checkpoint.manager import CheckpointManager
+    from dtr.checkpoint.restore import Restored
+    from dtr.datasets.registry import DatasetRegistry
+
+__all__ = ["Agent"]
+
+
+class Agent:
+    """One training process's membership of a job.
+
+    Guarantees: no connection and no thread before :meth:`start`; a call under a run that has ended raises RosterChanged, and one by
+    a process that was replaced or declared dead raises StaleIncarnation; nothing of Redis's or the store's trouble ends the trainer.
+
+    Args:
+        worker_id: name of this process in the job, the same after a restart. Default: DTR_WORKER_ID, else host name and process id.
+        coordinator_url: the Redis server. Default: DTR_REDIS_URL, ``dtr.toml``, else the local one.
+        world_size: how many ranks a run has; ``(low, high)`` for an elastic job. Default: WORLD_SIZE (and DTR_WORLD_MIN), else 1.
+        rank: the rank to ask for. Default: RANK; without one, forming gives a rank.
+        job: ``name`` or ``tenant/name``. Default: DTR_JOB, else ``default``.
+        store: where checkpoints go: a folder, ``file:///folder`` or ``s3://bucket/prefix``. Default: DTR_STORE.
+        beat: who beats without a launcher: a ``"thread"``, or a ``"process"`` that goes on while C code holds the GIL.
+        environ: the environment to read; default ``os.environ``.
+        settings: any other setting of :class:`dtr.config.Settings`.
+
+    Raises:
+        ConfigError, InvalidInput: a setting or an argument is wrong; the message names it.
+    """
+
+    def __init__(
+        self,
+        worker_id: str | None = None,
+        coordinator_url: str | None = None,
+        world_size: int | tuple[int, int] | None = None,
+        rank: int | None = None,
+        *,
+        job: str | None = None,
+        store: str | None = None,
+        beat: str = "thread",
+        environ: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        launcher = LauncherEnvironment.load(environ)
+        self.settings = Settings.load(environ=environ, redis_url=coordinator_url, job=job, store=store, **settings)
+        if beat not in {"thread", "process"}:
+            raise ConfigError(f"beat must be 'thread' or 'process', got {beat!r}", setting="beat")
+        world = _world(world_size, launcher)
+        # A rank from the environment is the launcher's; one that does not fit an explicit world_size is a mistake in either.
+        asked = rank if rank is not None else (launcher.rank if world_size is None else None)
+        self._session = Session(
+            self.settings,
+            worker_id=worker_id or launcher.worker_id,
+            rank=asked,
+            world=world,
+            launcher=launcher.socket,
+            beat_process=beat == "process",
+            recover=self._rebuild if self.settings.store else None,
+        )
+        self._checkpoints: CheckpointManager | None = None
+        self._datasets: DatasetRegistry | None = None
+        self._step = -1
+
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """An agent set up by its launcher: RANK, WORLD_SIZE and the DTR_* variables; ``options`` as for the class."""
+        return cls(**options)
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Join the job and form a run with the other members; waits for them. Does nothing if it has started.
+
+        Raises:
+            CoordinatorUnavailable: Redis cannot be reached.
+            FormTimeout: too few members came within ``form_timeout_s``.
+        """
+        self._session.start()
+        if not self._session.formed:
+            self._session.form()
+        return self
+
+    async def register_worker(self, ip: str = "", port: int = 0) -> Self:
+        """:meth:`start` for asyncio users, with the trainer's address for people; the event loop goes on meanwhile."""
+        if not 0 <= port <= 65_535 or isinstance(port, bool):
+            raise InvalidInput(f"port must be an integer from 0 to 65535, got {port!r}", field="port")
+        self._session.address = f"{ip}:{port}" if ip else ""
+        return await asyncio.to_thread(self.start)
+
+    def form(self, timeout_s: float | None = None) -> Self:
+        """Join the next run; call it after RosterChanged or BarrierBroken. Waits for every other living member.
+
+        Args:
+            timeout_s: default ``form_timeout_s``.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.end_run()
+        self._session.form(timeout_s)
+        self._step = -1
+        return self
+
+    def close(self) -> None:
+        """Leave the job. Staged saves are committed all the same, by the uploader. Safe to call twice."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+            self._checkpoints = None
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(Exception):  # the trainer's own error is the one to show
+            if self._checkpoints is not None:
+                self._checkpoints.close()
+        self._session.close(reason=f"left with {type(error).__name__}")
+
+    # --- where this process stands ----------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session:
+        """The membership under this agent."""
+        return self._session
+
+    @property
+    def run(self) -> str:
+        """The run that this process is in, such as ``0007-k3f9``."""
+        return self._session.run.id
+
+    @property
+    def rank(self) -> int:
+        """From 0 to world_size - 1."""
+        return self._session.run.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks the run has."""
+        return self._session.run.world_size
+
+    @property
+    def worker_id(self) -> str:
+        """The name of this process in the job."""
+        return self._session.worker_id
+
+    @property
+    def current_step(self) -> int:
+        """The last step that was reported or restored; -1 before the first."""
+        return self._step
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def barrier(self, name: str, *, timeout_s: float | None = None, members: Collection[str] | None = None) -> None:
+        """Wait until every rank of the run (or every worker of ``members``) has called it with this name.
+
+        Args:
+            name: of the barrier; its n-th use in a run is round n.
+            timeout_s: default ``barrier_timeout_s``.
+            members: worker ids, the same for every caller; default: the whole run.
+
+        Raises:
+            BarrierBroken: a member departed; ``missing`` names who had not arrived, ``reason`` who departed and why.
+            BarrierTimeout: likewise, when the time was up.
+            RosterChanged: the run has ended, or a newcomer waits; call :meth:`form`.
+        """
+        self._session.barrier(name, timeout_s=timeout_s, members=members)
+
+    def step(self, batch: Any = None, *, step: int | None = None, loss: float | None = None) -> int:
+        """Report that an optimizer step is done; costs microseconds and never waits for Redis.
+
+        Args:
+            batch: what the step consumed.
+            step: its number; default: one more than the last.
+            loss: for people.
+
+        Returns the number of the step: on after the restored one, from 0 in a fresh run.
+
+        Raises:
+            StaleIncarnation, RosterChanged: this process may not go on, as a beat learned.
+        """
+        self._session.check()
+        number = self._step + 1 if step is None else names.step(step)
+        if number <= self._step:
+            raise InvalidInput(f"step must grow: got {number} after {self._step}", field="step")
+        self._step = number
+        self._session.page.write(number, "training" if loss is None else f"training loss {loss:.4g}")
+        return number
+
+    @contextlib.contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """Announce a longer phase, such as ``"evaluating"``, so that nobody takes it for a stall."""
+        self._session.page.write(self._step, what)
+        try:
+            yield
+        finally:
+            self._session.page.write(self._step, "training")
+
+    # --- checkpoints and data ---------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> CheckpointManager:
+        """Saves and restores of this run; needs ``store``."""
+        if self._checkpoints is None:
+            from dtr.checkpoint.manager import CheckpointManager
+
+            if not self.settings.store:
+                raise ConfigError("store is not set: pass store=, or set DTR_STORE, to save and restore checkpoints", setting="store")
+            self._checkpoints = CheckpointManager(self.settings.store, session=self._session)
+        return self._checkpoints
+
+    @property
+    def datasets(self) -> DatasetRegistry:
+        """The job's data sets."""
+        if self._datasets is None:
+            from dtr.datasets.registry import DatasetRegistry
+
+            self._datasets = DatasetRegistry(self.settings.redis_url, job=self.settings.job)
+        return self._datasets
+
+    def save_async(self, state: Any, step: int | None = None, *, replicated: bool = False) -> SaveHandle:
+        """Copy ``state`` into a staging slot and return; the uploader makes it durable. See :meth:`CheckpointManager.save_async`.
+
+        Args:
+            state: bytes, or nested dicts, lists and tuples of arrays, numbers, strings, booleans and None.
+            step: default: the last reported one.
+            replicated: every rank holds the same state, so one rank writes it and any world size can restore it.
+        """
+        if step is None and self._step < 0:
+            raise InvalidInput("there is no step to save yet: call step() first, or pass step=", field="step")
+        return self.checkpoints.save_async(state, step=self._step if step is None else step, replicated=replicated)
+
+    def restore(self, *, fresh: bool = False) -> Restored | None:
+        """Restore the newest checkpoint that every rank can read; collective: every rank of the run calls it before its first save.
+
+        Args:
+            fresh: go on with None when the lineage has no checkpoint at all; otherwise that is an error.
+
+        Raises:
+            NoCheckpoint: there is none, and ``fresh`` was not given.
+            RestoreFailed: there are some, and none can be restored; the message has each one's reason.
+            RosterChanged: a member departed meanwhile; call :meth:`form`.
+        """
+        found = self.checkpoints.restore(fresh=fresh)
+        self._step = -1 if found is None else found.step
+        return found
+
+    def lineage(self) -> list[tuple[str, int]]:
+        """The runs that led here with the last step taken from each, inclusive; oldest first, the current run last."""
+        past = self.checkpoints.lineage()
+        return [*past, (self.run, self._step)]
+
+    def _rebuild(self, state_id: str) -> int:
+        from dtr.checkpoint.rebuild import rebuild
+
+        return rebuild(self._session.state, str(self.settings.store), state_id=state_id)
+
+
+def _world(given: int | tuple[int, int] | None, launcher: LauncherEnvironment) -> World:
+    if given is None:
+        high = launcher.world_size or 1
+        low = launcher.world_min or high
+    elif isinstance(given, tuple):
+        if len(given) != 2:
+            raise InvalidInput(f"world_size must be an integer or (low, high), got {given!r}", field="world_size")
+        low, high = given
+    else:
+        low = high = given
+    names.positive(high, "world_size", 100_000)
+    names.positive(low, "world_size", high)
+    return World(low=low, high=high)
