@@ -186,6 +186,10 @@ class NoFreeSlot(CheckpointError):
     """Every staging slot is still waiting for its upload."""
 
 
+class SlotUnavailable(CheckpointError):
+    """A staging slot cannot be read now: it is being written, or holds another save."""
+
+
 class CheckpointAborted(CheckpointError):
     """The checkpoint was aborted; the message says why."""
 
@@ -220,7 +224,6 @@ BY_CODE: dict[str, type[DtrError]] = {
     "STATE_CORRUPT": StateCorrupt,
     "STALE_INCARNATION": StaleIncarnation,
     "ROSTER_CHANGED": RosterChanged,
-    "NOT_JOINED": NotJoined,
     "BARRIER_BROKEN": BarrierBroken,
     "BARRIER_TIMEOUT": BarrierTimeout,
     "BARRIER_MEMBERS": BarrierMembersConflict,

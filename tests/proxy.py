@@ -166,9 +166,7 @@ class Proxy:
                 link.server = socket.create_connection(self._upstream, timeout=10)
                 link.server.settimeout(None)
                 link.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(
-                    target=self._replies, args=(link, link.server), name=f"proxy-{self.port}-back", daemon=True
-                ).start()
+                threading.Thread(target=self._replies, args=(link, link.server), name=f"proxy-{self.port}-back", daemon=True).start()
             self._requests(link)
         except OSError:
             pass  # either side ended; both are closed below

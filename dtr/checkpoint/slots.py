@@ -94,19 +94,23 @@ class SlotRecord:
             return None
         if not isinstance(document, dict) or document.pop("v", None) != _VERSION or set(document) != set(_KINDS):
             return None
-        if any(not isinstance(document[name], kind) or type(document[name]) is bool is not (kind is bool) for name, kind in _KINDS.items()):
+        if not all(_is_a(document[name], kind) for name, kind in _KINDS.items()):
             return None
         if document["state"] not in {"COPYING", "STAGED", "DONE"} or document["size_bytes"] < 0:
             return None
         try:
             names.job_name(document["job"])
-            names.name(document["run"], "run")
-            names.name(document["worker"], "worker")
+            for word in ("run", "worker", "incarnation", "host", "save"):
+                names.name(document[word], word)
             names.step(document["step"])
             names.rank(document["rank"], names.positive(document["world_size"], "world_size"))
         except DtrError:
             return None
         return cls(**document)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 _KINDS: Final[dict[str, Any]] = {

@@ -101,14 +101,9 @@ class _Options:
 
 def _run(url: str, args: Sequence[str]) -> int:
     options = _Options.parse(args, terminal=sys.stdout.isatty())
-    try:
-        with _Session.open(url, options.database) as session:
-            commands = [options.command] if options.command else _typed(urlsplit(url))
-            failed = [_show(session, command, options) for command in commands]
-    except (EOFError, ProtocolError, OSError) as exc:
-        if isinstance(exc, BrokenPipeError):
-            raise
-        raise CoordinatorUnavailable(f"Redis at {mask(url)}: {exc}") from exc
+    with _Session.open(url, options.database) as session:
+        commands = [options.command] if options.command else _typed(urlsplit(url))
+        failed = [_show(session, command, options) for command in commands]
     return 1 if any(failed) and options.fail_on_error else 0
 
 
@@ -160,9 +155,10 @@ def _shown(reply: Reply, words: tuple[bytes, ...], *, as_raw: bool) -> bytes:
 
 
 class _Session:
-    """One connection, authenticated and on its database."""
+    """One connection, authenticated and on its database; its errors are CoordinatorUnavailable."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, url: str, connection: socket.socket) -> None:
+        self._url = url
         self._connection = connection
         self._stream: BinaryIO = connection.makefile("rb")
 
@@ -171,8 +167,8 @@ class _Session:
     def open(cls, url: str, database: int | None) -> Iterator[Self]:
         """Connect; raises CoordinatorRefused if the server does not let this user in."""
         parts = urlsplit(url)
-        with _connected(parts) as connection:
-            session = cls(connection)
+        with _connected(url, parts) as connection:
+            session = cls(url, connection)
             number = str(database) if database is not None else parts.path.strip("/") if parts.scheme != "unix" else ""
             hello: list[list[str]] = []
             if parts.password:
@@ -187,15 +183,30 @@ class _Session:
 
     def ask(self, command: Sequence[bytes]) -> Reply:
         """Send a command and wait for its reply, for as long as it takes: it may be one that blocks."""
-        self._connection.sendall(encode(command))
+        with _unavailable(self._url):
+            self._connection.sendall(encode(command))
         return self.next()
 
     def next(self) -> Reply:
         """The next reply."""
-        return read_reply(self._stream)
+        with _unavailable(self._url):
+            return read_reply(self._stream)
 
 
-def _connected(parts: SplitResult) -> socket.socket:
+@contextlib.contextmanager
+def _unavailable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ProtocolError, OSError) as exc:
+        raise CoordinatorUnavailable(f"Redis at {mask(url)}: {exc}") from exc
+
+
+def _connected(url: str, parts: SplitResult) -> socket.socket:
+    with _unavailable(url):
+        return _connect(parts)
+
+
+def _connect(parts: SplitResult) -> socket.socket:
     if parts.scheme == "unix":
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(parts.path)

@@ -14,12 +14,12 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Self
 
 from redis import exceptions as rx
 
 from dtr.config import Settings
+from dtr.host import host_id
 from dtr.stack import server
 from dtr.stack.home import Home
 from dtr.state import keys
@@ -43,7 +43,7 @@ class Probe:
             return _pings(self.target)
         if self.kind == "http":
             return _gets(self.target)
-        return _uploads(Path(self.target), url)
+        return _uploads(self.target, url)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,11 +176,10 @@ def _gets(target: str) -> bool:
         connection.close()
 
 
-def _uploads(staging: Path, url: str) -> bool:
+def _uploads(staging: str, url: str) -> bool:
     client = connect(url, name="dtr-stack", timeout_s=_PROBE_TIMEOUT_S, retries=0)
     try:
-        host = (staging / ".host-id").read_text(encoding="utf-8").strip()
-        return bool(client.exists(keys.uploader(host)))
+        return bool(client.exists(keys.uploader(host_id(staging))))
     except (rx.RedisError, OSError):
         return False
     finally:

@@ -16,7 +16,7 @@ from redis import exceptions as rx
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable
+from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable, DtrError
 
 __all__ = ["check_url", "connect", "connect_blocking", "mask", "translate"]
 
@@ -120,6 +120,8 @@ def translate(url: str) -> Iterator[None]:
     """Errors of redis-py become errors of dtr, which say what to do."""
     try:
         yield
+    except DtrError:  # ours already, also where it is an OSError or a ValueError too
+        raise
     except (rx.AuthenticationError, rx.NoPermissionError, rx.OutOfMemoryError) as exc:
         raise CoordinatorRefused(f"Redis at {mask(url)} refuses: {exc}") from exc
     except rx.ResponseError as exc:

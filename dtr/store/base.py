@@ -28,7 +28,7 @@ __all__ = ["PIECE_BYTES", "Progress", "Source", "Store", "as_bytes", "check_key"
 Progress = Callable[[int], None]  # gets the bytes done so far; what it raises cancels the transfer and is passed on
 Source = str | os.PathLike[str] | int  # a path, or a file descriptor whose position is neither used nor moved
 
-PIECE_BYTES: Final = 8 << 20  # a transfer reports progress at least this often
+PIECE_BYTES: Final = 8 << 20  # a local transfer reports progress at least this often
 RESERVED: Final = ".dtr-"  # names that a store uses for itself: never listed, refused as keys
 _SEGMENT_BYTES: Final = 200  # leaves room for a temporary file's prefix within the 255 of a file name
 _KEY_BYTES: Final = 900  # S3 allows 1,024, the store's own prefix included
@@ -107,8 +107,8 @@ class Store(abc.ABC):
     ) -> None:
         """Store ``size_bytes`` of a file, from ``offset`` on, atomically and durably; the stored size is checked before it returns.
 
-        ``progress`` is called in this thread with the bytes done so far: about every 8 MiB, on S3 at least once a second, and at
-        the end. What it raises cancels the transfer (nothing stays behind) and is passed on.
+        ``progress`` is called in this thread with the bytes done so far: local, about every 8 MiB; S3, after each part and at least
+        once a second. The last call has all bytes. What it raises cancels the transfer: nothing stays behind, and it is passed on.
         """
 
     @abc.abstractmethod

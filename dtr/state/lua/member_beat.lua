@@ -21,7 +21,7 @@
 --   8+ progress   string  fields and values for worker_key: phase, step_at, ...
 -- RETURNS {generation, run}
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION
--- WRITES meta members fences departed roster ring wake events worker_key
+-- WRITES meta members fences departed ring wake events worker_key
 -- IDEMPOTENT sets only; a member that was reaped is not reaped again
 -- INCLUDE now integer state event depart
 local meta, members, fences, departed, roster, ring = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]

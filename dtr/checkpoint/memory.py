@@ -1,0 +1,215 @@
+"""Reserve a slot's bytes and keep them mapped: no page of a slot in use is ever missing, and none of a warm one is touched first.
+
+A file that was merely lengthened has holes, and a write into a hole of a full tmpfs kills the process (SIGBUS). So a slot is
+lengthened to claim its share of the budget, then allocated, and counts as reserved only when every block of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from dtr.checkpoint.locks import Hold, try_lock
+from dtr.checkpoint.slots import SlotFiles, slots_in, worker_folders
+from dtr.checkpoint.space import space_of
+from dtr.errors import StagingFull
+
+__all__ = ["WarmMaps", "grow", "is_reserved"]
+
+BUDGET_LOCK: Final = ".budget.lock"
+_CHUNK_BYTES: Final = 64 << 20  # one fallocate; a signal during it undoes and repeats it, so it is not the whole slot at once
+_SPARE_BYTES: Final = 64 << 10  # for the record, and the record that replaces it
+_POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, Linux 5.14
+_BUDGET_WAIT_S: Final = 10.0
+
+
+def is_reserved(path: str, size_bytes: int) -> bool:
+    """Whether the file has exactly this size and a block for every byte of it."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return status.st_size == size_bytes and status.st_blocks * 512 >= size_bytes
+
+
+def grow(path: str, size_bytes: int, *, root: str, budget_bytes: int | None) -> None:
+    """Bring the file to exactly this size with every byte allocated; a file that cannot grow is left as it was.
+
+    Args:
+        path: the data file, made if absent; the caller holds its slot exclusively.
+        size_bytes: what it shall have.
+        root: the folder whose slots the budget bounds.
+        budget_bytes: upper bound of all slots under ``root``; None: none.
+
+    Raises:
+        StagingFull: with ``needed_bytes``, ``free_bytes`` and ``budget_bytes``.
+    """
+    descriptor = _open(path)
+    try:
+        before = os.fstat(descriptor).st_size
+        if before > size_bytes:
+            os.ftruncate(descriptor, size_bytes)
+        try:
+            _claim(descriptor, path, size_bytes, root, budget_bytes)
+            _allocate(descriptor, path, size_bytes)
+        except BaseException:
+            if before:
+                os.ftruncate(descriptor, min(before, size_bytes))
+            else:
+                os.unlink(path)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        if exc.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise StagingFull(f"no file can be made in the staging folder: {path}: {exc.strerror}", needed_bytes=0, free_bytes=0) from exc
+
+
+def _claim(descriptor: int, path: str, size_bytes: int, root: str, budget_bytes: int | None) -> None:
+    """Lengthen the file under the folder's budget: two trainers that grow at once see each other's claim."""
+    status = os.fstat(descriptor)
+    needed = max(size_bytes - status.st_blocks * 512, 0)
+    free = space_of(os.path.dirname(path)).free_bytes
+    if needed and needed + _SPARE_BYTES > free:
+        raise StagingFull(
+            f"a staging slot of {size_bytes} bytes does not fit into {os.path.dirname(path)}: it needs {needed} bytes more and "
+            f"{free} are free (of the file system and of memory)",
+            needed_bytes=needed, free_bytes=free, budget_bytes=budget_bytes,
+        )  # fmt: skip
+    if budget_bytes is None or size_bytes <= status.st_size:
+        os.ftruncate(descriptor, size_bytes)
+        return
+    with _budget(root):
+        used = sum(files.size_bytes() for folder in worker_folders(root) for files in slots_in(folder)) - status.st_size
+        if used + size_bytes > budget_bytes:
+            raise StagingFull(
+                f"a staging slot of {size_bytes} bytes does not fit into the budget of {root}: the other slots have {used} of "
+                f"{budget_bytes} bytes; raise staging_budget_bytes, or use fewer slots",
+                needed_bytes=size_bytes, free_bytes=max(budget_bytes - used, 0), budget_bytes=budget_bytes,
+            )  # fmt: skip
+        os.ftruncate(descriptor, size_bytes)
+
+
+@contextlib.contextmanager
+def _budget(root: str) -> Iterator[None]:
+    hold: Hold | None = None
+    deadline = time.monotonic() + _BUDGET_WAIT_S
+    while hold is None:
+        hold = try_lock(f"{root}/{BUDGET_LOCK}")
+        if hold is None:
+            if time.monotonic() > deadline:  # its holder is stopped: a budget that is exceeded for once beats a trainer that hangs
+                yield
+                return
+            time.sleep(0.002)
+    with hold:
+        yield
+
+
+def _allocate(descriptor: int, path: str, size_bytes: int) -> None:
+    if os.fstat(descriptor).st_blocks * 512 >= size_bytes:
+        return
+    try:
+        for start in range(0, size_bytes, _CHUNK_BYTES):
+            os.posix_fallocate(descriptor, start, min(_CHUNK_BYTES, size_bytes - start))
+    except OSError as exc:
+        if exc.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise
+        free = space_of(os.path.dirname(path)).free_bytes
+        raise StagingFull(
+            f"a staging slot of {size_bytes} bytes does not fit into {os.path.dirname(path)}: {exc.strerror} ({free} bytes are free)",
+            needed_bytes=size_bytes, free_bytes=free,
+        ) from exc  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Map:
+    mapping: mmap.mmap
+    inode: tuple[int, int]
+    size_bytes: int
+
+
+class WarmMaps:
+    """The slots that this process has mapped, kept over saves: mapping anew would fault on each page again."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, _Map] = {}
+        self._mutex = threading.Lock()
+
+    @contextlib.contextmanager
+    def buffer(self, files: SlotFiles, size_bytes: int) -> Iterator[memoryview]:
+        """The slot's bytes, writable; the caller holds the slot exclusively and has reserved them."""
+        with memoryview(self._map(files, size_bytes)) as view:
+            yield view
+
+    def warm(self, files: SlotFiles, size_bytes: int, *, stop: Callable[[], bool]) -> None:
+        """Touch every page of a slot, without changing a byte."""
+        mapping = self._map(files, size_bytes)
+        for start in range(0, size_bytes, _CHUNK_BYTES):
+            if stop():
+                return
+            _populate(mapping, start, min(_CHUNK_BYTES, size_bytes - start))
+
+    def drop(self, files: SlotFiles) -> None:
+        """Unmap a slot whose file is about to change its size: a page beyond the end of a file is fatal to touch."""
+        with self._mutex:
+            held = self._maps.pop(files.data, None)
+        if held is not None:
+            _close(held.mapping)
+
+    def close(self) -> None:
+        with self._mutex:
+            maps, self._maps = list(self._maps.values()), {}
+        for held in maps:
+            _close(held.mapping)
+
+    def _map(self, files: SlotFiles, size_bytes: int) -> mmap.mmap:
+        status = os.stat(files.data)
+        inode = (status.st_dev, status.st_ino)
+        with self._mutex:
+            held = self._maps.get(files.data)
+            if held is not None and held.inode == inode and held.size_bytes == size_bytes:
+                return held.mapping
+        self.drop(files)
+        descriptor = os.open(files.data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            mapping = mmap.mmap(descriptor, size_bytes)
+        finally:
+            os.close(descriptor)
+        with self._mutex:
+            self._maps[files.data] = _Map(mapping, inode, size_bytes)
+        return mapping
+
+
+def _close(mapping: mmap.mmap) -> None:
+    with contextlib.suppress(BufferError):  # a view that some traceback still holds; the last one to go unmaps it
+        mapping.close()
+
+
+@functools.cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _populate(mapping: mmap.mmap, start: int, length: int) -> None:
+    whole = np.frombuffer(mapping, dtype=np.uint8)
+    address = whole.ctypes.data + start
+    if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _POPULATE_WRITE) != 0:
+        pages = whole[start : start + length : mmap.PAGESIZE]
+        np.bitwise_or(pages, 0, out=pages)  # an older kernel: write each page's first byte as it is

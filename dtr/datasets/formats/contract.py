@@ -1,0 +1,83 @@
+"""What a format of data files must do; one file per format, chosen by `dtr.datasets.formats.make_format`.
+
+Guarantees that every format gives:
+
+- ``measure`` counts exactly the samples that ``read`` and ``iterate`` yield, and refuses a damaged or truncated file with
+  DatasetMismatch, naming it;
+- ``read`` and ``iterate`` touch only the bytes of their span, and raise DatasetMismatch for bytes that are not what they should be;
+- nothing is unpickled, and nothing is mapped into memory (a mapped file that shrinks kills its reader with SIGBUS).
+
+A format is a frozen value: its options are part of the data set's spec. Files come opened for reading in binary; their ``name`` is
+for messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+from numpy.typing import NDArray
+
+from dtr.errors import InvalidInput
+
+__all__ = ["Columns", "Format", "Measure", "Span", "chosen_columns"]
+
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """What a file holds: ``marks[k]`` is the byte at which shard k begins; empty where samples have one size."""
+
+    samples: int
+    marks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Samples ``start`` to ``stop`` (exclusive) of one file, in the bytes ``first_byte`` to ``end_byte`` where samples differ in size."""
+
+    start: int
+    stop: int
+    first_byte: int = 0
+    end_byte: int = 0
+
+
+class Format(Protocol):
+    """Reads one kind of file."""
+
+    @property
+    def name(self) -> str:
+        """As given to ``register(format=...)``."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The ends of the names of files that belong to it."""
+
+    def options(self) -> Mapping[str, str]:
+        """What else was given to ``register``, as text, enough to make this format again."""
+
+    def measure(self, file: BinaryIO, shard_size: int) -> Measure:
+        """Count the samples and find where each shard of ``shard_size`` samples begins."""
+
+    def columns(self, file: BinaryIO) -> tuple[str, ...]:
+        """The names under which ``read`` returns values."""
+
+    def read(self, file: BinaryIO, span: Span, columns: Sequence[str] | None) -> Columns:
+        """The values of the span's samples by column, first axis the sample; all columns if None."""
+
+    def iterate(self, file: BinaryIO, span: Span) -> Iterator[Any]:
+        """The samples of the span, one by one."""
+
+
+def chosen_columns(wanted: Sequence[str] | None, known: Sequence[str], file: str) -> tuple[str, ...]:
+    """The columns to read; raises InvalidInput that names the one which the file does not have."""
+    if wanted is None:
+        return tuple(known)
+    if isinstance(wanted, str):
+        raise InvalidInput(f"columns must be a list of names, got the text {wanted!r}", field="columns")
+    for column in wanted:
+        if column not in known:
+            raise InvalidInput(f"columns: {file} has no column {column!r}; it has {', '.join(known)}", field="columns")
+    return tuple(wanted)

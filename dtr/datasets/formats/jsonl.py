@@ -1,0 +1,131 @@
+"""JSON lines: a sample is one line, a JSON object in UTF-8; its keys are the columns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from dtr.datasets.formats.contract import Columns, Measure, Span, chosen_columns
+from dtr.errors import DatasetMismatch
+from dtr.placement import MAX_SHARDS
+
+__all__ = ["JsonLines"]
+
+_CHUNK_BYTES = 4 << 20
+_MAX_LINE_BYTES = 64 << 20
+_NEWLINE = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonLines:
+    """One JSON object a line. A last line without its newline counts if it is a whole object; otherwise it is a truncated one."""
+
+    name = "jsonl"
+    suffixes = (".jsonl", ".ndjson")
+
+    def options(self) -> Mapping[str, str]:
+        return {}
+
+    def measure(self, file: BinaryIO, shard_size: int) -> Measure:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes == 0:
+            return Measure(samples=0)
+        _whole_line(file, 0, line=1)
+        lines, marks, last_newline = _count(file, shard_size)
+        if last_newline != size_bytes - 1:
+            _whole_line(file, last_newline + 1, line=lines + 1)
+            lines += 1
+        begins = np.concatenate([np.zeros(1, dtype=np.int64), *marks])
+        return Measure(samples=lines, marks=tuple(begins[begins < size_bytes].tolist()))
+
+    def columns(self, file: BinaryIO) -> tuple[str, ...]:
+        return tuple(_whole_line(file, 0, line=1)) if os.fstat(file.fileno()).st_size else ()
+
+    def read(self, file: BinaryIO, span: Span, columns: Sequence[str] | None) -> Columns:
+        samples = list(self.iterate(file, span))
+        chosen = chosen_columns(columns, tuple(samples[0]) if samples else columns or (), file.name)
+        found: Columns = {}
+        for column in chosen:
+            try:
+                found[column] = _column([sample[column] for sample in samples])
+            except KeyError:
+                line = next(n for n, sample in enumerate(samples, span.start + 1) if column not in sample)
+                raise DatasetMismatch(f"{file.name} line {line} has no {column!r}, the lines before it have", file=file.name) from None
+        return found
+
+    def iterate(self, file: BinaryIO, span: Span) -> Iterator[Any]:
+        file.seek(span.first_byte)
+        lines = file.read(span.end_byte - span.first_byte).split(b"\n")
+        if lines[-1] == b"":
+            lines.pop()
+        if len(lines) != span.stop - span.start:
+            raise DatasetMismatch(
+                f"{file.name}: expected lines {span.start + 1} to {span.stop} in bytes {span.first_byte} to {span.end_byte}, "
+                f"found {len(lines)} lines there",
+                file=file.name,
+            )
+        for number, line in enumerate(lines, span.start + 1):
+            yield _object(line, file.name, number)
+
+
+def _count(file: BinaryIO, shard_size: int) -> tuple[int, list[NDArray[np.int64]], int]:
+    """(newlines, the bytes after every ``shard_size``-th of them, the last newline's byte)."""
+    chunk = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    marks: list[NDArray[np.int64]] = []
+    lines, marked, base, previous = 0, 0, 0, -1
+    file.seek(0)
+    while size := file.readinto(memoryview(chunk)):  # type: ignore[attr-defined]  # BinaryIO lacks it, every binary file has it
+        newlines = np.flatnonzero(chunk[:size] == _NEWLINE) + base
+        empty = np.flatnonzero(np.diff(newlines, prepend=previous) == 1)
+        if empty.size:
+            raise DatasetMismatch(f"{file.name} line {lines + int(empty[0]) + 1} is empty; expected a JSON object", file=file.name)
+        marks.append(newlines[-(lines + 1) % shard_size :: shard_size] + 1)
+        marked += len(marks[-1])
+        if marked > MAX_SHARDS:
+            raise DatasetMismatch(
+                f"{file.name} makes more than {MAX_SHARDS:,} shards of {shard_size:,} samples; use a greater shard_size", file=file.name
+            )
+        lines += len(newlines)
+        previous = int(newlines[-1]) if newlines.size else previous
+        base += size
+    return lines, marks, previous
+
+
+def _whole_line(file: BinaryIO, offset: int, *, line: int) -> dict[str, Any]:
+    """The object in the line that begins at ``offset``."""
+    file.seek(offset)
+    text = file.readline(_MAX_LINE_BYTES + 1)
+    if len(text) > _MAX_LINE_BYTES:
+        raise DatasetMismatch(f"{file.name} line {line} is longer than {_MAX_LINE_BYTES >> 20} MiB", file=file.name)
+    return _object(text, file.name, line)
+
+
+def _object(text: bytes, file: str, line: int) -> dict[str, Any]:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as exc:
+        cut = "" if text.endswith(b"\n") else " or was cut off"
+        raise DatasetMismatch(f"{file} line {line} is not JSON{cut}: {exc}", file=file, line=line) from exc
+    if not isinstance(value, dict):
+        raise DatasetMismatch(f"{file} line {line} must be a JSON object, got {type(value).__name__}", file=file, line=line)
+    return value
+
+
+def _column(values: list[Any]) -> NDArray[Any]:
+    """Numbers, booleans and equally long lists of them as such; anything else as objects."""
+    kinds = {type(value) for value in values}
+    if kinds <= {int, float, bool, list} and not (bool in kinds and len(kinds) > 1):
+        try:
+            column = np.array(values, dtype=np.int64 if kinds == {int} else None)
+        except (ValueError, OverflowError):  # ragged lists, integers beyond 64 bits
+            pass
+        else:
+            if column.dtype.kind in "bif":
+                return column
+    return np.fromiter(values, dtype=np.object_, count=len(values))

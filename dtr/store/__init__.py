@@ -1,0 +1,85 @@
+"""Where checkpoints are kept: ``open_store`` maps a URL to its backend, ``base.Store`` is the contract of all of them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+
+from dtr.errors import ConfigError
+from dtr.store.base import Store
+
+__all__ = ["Store", "open_store"]
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_KNOWN: Final = "a folder like /mnt/checkpoints, file:///mnt/checkpoints, or s3://BUCKET/PREFIX[?endpoint=https://HOST&region=REGION]"
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """The store at ``url``: a folder (absolute, relative or ``~``), ``file:///FOLDER``, or ``s3://BUCKET/PREFIX``.
+
+    S3 takes ``endpoint=`` (any S3-compatible service), ``region=`` and ``checksum=crc64nvme|none`` as query. Credentials come from
+    where AWS tools look for them, never from the URL. Touches neither disk nor network; raises ConfigError for what is no store.
+    """
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise _wrong(f"got {text!r}")
+    found = _SCHEME.match(text)
+    if found is None:
+        if re.match(r"(file|s3|gs|az|https?):", text):
+            raise _wrong(f"got {_masked(text)!r}, whose scheme lacks '//'")
+        return _folder(os.path.expanduser(text), text)
+    parts = urlsplit(text)
+    if "@" in parts.netloc or (parts.scheme != "file" and ":" in parts.netloc):
+        raise _wrong(f"got {_masked(text)!r}: credentials do not belong into a URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    scheme = found[1].lower()
+    if scheme == "file":
+        return _file(text)
+    if scheme == "s3":
+        return _s3(text)
+    raise _wrong(f"got the unknown scheme {scheme!r}")
+
+
+def _wrong(what: str) -> ConfigError:
+    return ConfigError(f"store must be {_KNOWN}; {what}", field="store")
+
+
+def _masked(url: str) -> str:
+    """Without what may be a secret: all before the last ``@`` of the address, and the query."""
+    return re.sub(r"//.*@", "//***@", url.partition("?")[0])[:200]
+
+
+def _folder(path: str, given: str) -> Store:
+    from dtr.store.local import LocalStore
+
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise _wrong(f"got {given!r}, which is a file")
+    return LocalStore(path)
+
+
+def _file(url: str) -> Store:
+    parts = urlsplit(url)
+    if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
+        raise _wrong(f"got {_masked(url)!r}: a file URL has three slashes and an absolute path")
+    if parts.query or parts.fragment:
+        raise _wrong(f"got {_masked(url)!r}: write '?' as %3F and '#' as %23 in a file URL, or give the plain path")
+    return _folder(os.fsdecode(unquote_to_bytes(parts.path)), url)
+
+
+def _s3(url: str) -> Store:
+    from dtr.store.s3 import S3Location, S3Store
+
+    parts = urlsplit(url)
+    if parts.fragment:
+        raise _wrong(f"got {_masked(url)!r}: a bucket's URL has no '#'")
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name not in {"endpoint", "region", "checksum"}:
+            near = difflib.get_close_matches(name, ["endpoint", "region", "checksum"], 1)
+            raise _wrong(f"got the unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        if name in options or not value:
+            raise _wrong(f"got {name!r} " + ("twice" if name in options else "without a value"))
+        options[name] = value
+    return S3Store(S3Location.parse(bucket=parts.netloc, prefix=parts.path.strip("/"), **options))
