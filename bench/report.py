@@ -50,9 +50,7 @@ class Report:
 
     def to_json(self) -> str:
         """One JSON object on one line."""
-        return json.dumps(
-            {"name": self.name, **{section: dict(numbers) for section, numbers in self.sections()}}, allow_nan=False
-        )
+        return json.dumps({"name": self.name, **{section: dict(numbers) for section, numbers in self.sections()}}, allow_nan=False)
 
     def to_table(self) -> str:
         """The same for people, in at most 80 columns for names of ordinary length."""

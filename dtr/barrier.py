@@ -9,20 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
 from dtr import names
 from dtr.clock import SYSTEM, Clock
-from dtr.errors import BarrierBroken, BarrierError, BarrierTimeout, CoordinatorRefused, CoordinatorUnavailable, InvalidInput
+from dtr.errors import BarrierBroken, BarrierError, BarrierTimeout, CoordinatorRefused, CoordinatorUnavailable, InvalidInput, RosterChanged
 from dtr.membership import Identity
 from dtr.runs import Run
 from dtr.state.client import translate
-from dtr.state.exchange import MAX_BLOCK_MS, Exchange
+from dtr.state.exchange import Exchange
 from dtr.state.job import JobState
 from dtr.state.keys import RoundKeys
 
 __all__ = ["Barriers", "Missing"]
+
+OPEN_BYTES = len(b"$4\r\nOPEN\r\n")  # the answer "wait": no reason to wake up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ class Barriers:
     def __init__(self, state: JobState, exchange: Exchange, who: Identity, run: Run, *, clock: Clock = SYSTEM) -> None:
         self._state, self._exchange, self._who, self._run, self._clock = state, exchange, who, run, clock
         self._seq: dict[str, int] = {}
+        self._fence = f"{who.state_id} {run.id}"
+        self._place = f"{run.rank} {who.incarnation}"
         self._wake_id = run.wake_id
 
     def wait(self, name: str, *, timeout_s: float, members: Collection[str] | None = None) -> str:
@@ -68,9 +73,10 @@ class Barriers:
             CoordinatorUnavailable: Redis could not be reached until the timeout; the round has no verdict, and the next call asks
                 for the same one.
         """
-        names.name(name, "barrier")
-        subset = self._subset(members)
-        seq = self._seq.get(name, 0)
+        seq = self._seq.get(name, -1)
+        if seq < 0:
+            seq = self._seq[names.name(name, "barrier")] = 0
+        subset = "" if members is None else self._subset(members)
         keys = self._state.keys.barrier(name, self._run.id, seq)
         try:
             wanted = self._exchange_until_final(name, seq, keys, subset, timeout_s)
@@ -83,23 +89,26 @@ class Barriers:
         return wanted
 
     def _exchange_until_final(self, name: str, seq: int, keys: RoundKeys, subset: str, timeout_s: float) -> str:
-        job, who, run = self._state.keys, self._who, self._run
-        script_keys = [job.meta, job.roster, job.run(run.id), job.forming, keys.round, keys.arrived, keys.wake, job.events]
-        args = [who.state_id, run.id, who.worker_id, run.rank, who.incarnation, name, seq, subset]
+        wake = self._state.keys.wake
+        script_keys = (self._state.keys.roster, keys.round, keys.arrived, keys.wake)
+        args = (self._fence, self._who.worker_id, self._place, name, seq, subset)
         deadline = self._clock.monotonic() + timeout_s
         left_ms = timeout_s * 1000
         while True:
             try:
-                streams = {keys.wake: "0-0", job.wake: self._wake_id}
-                answer, entries = self._exchange.run_and_wait(
-                    "barrier_arrive", script_keys, args, streams, min(MAX_BLOCK_MS, int(left_ms) or 1)
-                )
+                streams = {keys.wake: "0-0", wake: self._wake_id}
+                try:
+                    answer, entries = self._exchange.run_and_wait(
+                        "barrier_arrive", script_keys, args, streams, int(left_ms), quiet_bytes=OPEN_BYTES
+                    )
+                except RosterChanged:
+                    answer, entries = self._break(keys, subset), []
                 if answer[0] == "RELEASED":
-                    return str(answer[3])
+                    return str(answer[1])
                 for stream, entry_id, fields in entries:
                     if stream == keys.wake and fields["state"] == "RELEASED":
                         return fields["wanted"]
-                    if stream == job.wake:
+                    if stream == wake:
                         self._wake_id = entry_id
                 left_ms = (deadline - self._clock.monotonic()) * 1000
                 if left_ms <= 0:
@@ -112,6 +121,15 @@ class Barriers:
                     raise CoordinatorUnavailable(f"barrier {name!r} round {seq} has no verdict after {timeout_s:g} s: {exc}") from exc
                 self._clock.sleep(min(0.2, left_ms / 1000))
 
+    def _break(self, keys: RoundKeys, subset: str) -> Any:
+        """The run is not open: break the round if it is, and raise why; or learn that it was released, or that the run is open after all."""
+        job, who, run = self._state.keys, self._who, self._run
+        return self._state.call(
+            "barrier_break",
+            [job.meta, job.roster, job.run(run.id), keys.round, keys.arrived, keys.wake, job.events],
+            [who.state_id, run.id, who.worker_id, run.rank, who.incarnation, subset],
+        )
+
     def _time_out(self, keys: RoundKeys, subset: str, timeout_s: float) -> str:
         job = self._state.keys
         answer = self._state.call(
@@ -119,11 +137,9 @@ class Barriers:
             [job.run(self._run.id), keys.round, keys.arrived, keys.wake, job.events],
             [self._who.worker_id, subset, f"{timeout_s:g}"],
         )
-        return str(answer[3])
+        return str(answer[1])
 
-    def _subset(self, members: Collection[str] | None) -> str:
-        if members is None:
-            return ""
+    def _subset(self, members: Collection[str]) -> str:
         if isinstance(members, str) or not all(isinstance(m, str) for m in members):
             raise InvalidInput("members must be a collection of worker ids", field="members")
         chosen = sorted(members)
@@ -165,10 +181,10 @@ class Barriers:
             pass  # names and ranks are known without it
         found = []
         for (rank, worker), fields, gone in zip(seats, hashes, departed, strict=True):
-            incarnation, left_at, left_step, why = ((gone or "").split(" ", 3) + [""] * 4)[:4]
+            incarnation, left_at, why = [*(gone or "").split(" ", 2), "", "", ""][:3]
             seat = self._run.roster.get(worker)
             mine = seat is not None and incarnation == seat.incarnation
-            step = fields.get("step") or (left_step if mine and left_step.isdigit() else "")
+            step = fields.get("step")
             beat_at = fields.get("beat_at") or (left_at if mine else "")
             found.append(
                 Missing(

@@ -6,6 +6,7 @@ It has a connection of its own, outlives any outage of Redis with a jittered bac
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dtr.errors import DtrError, NotJoined, Recovering, StaleIncarnation, StateLost, Unavailable
 from dtr.membership import Identity, beat
 from dtr.progress import Progress
+from dtr.state.client import translate
 from dtr.state.job import JobState
 
 __all__ = ["BeatThread", "Beater"]
@@ -38,18 +40,18 @@ class Beater:
         self._ttl_ms, self._interval_ms = ttl_ms, interval_ms
         self._number = number
         self._failures = 0
+        self._shown: dict[str, str | int] = {}
 
     def beat(self, progress: Progress | None, *, late_ms: int, phase: str | None = None) -> tuple[str, str] | None:
         """Beat once. Returns news, ("stale" | "state_lost", detail), or None; an outage is logged at its beginning and its end."""
-        fields: dict[str, str | int] = {"phase": phase or (progress.phase if progress else "alive"), "late_ms": late_ms}
-        if progress is not None:
-            fields["idle_s"] = f"{max(0.0, time.monotonic() - progress.at):.1f}"
+        fields = self._fields(progress, late_ms, phase)
+        changed = {name: value for name, value in fields.items() if self._shown.get(name) != value}
         try:
             if self._number < 0:
                 self._number = self._last_number()
-            beat(
+            answer = beat(
                 self.state, self.who, number=self._number + 1, ttl_ms=self._ttl_ms, interval_ms=self._interval_ms,
-                step=progress.step if progress else None, **fields,
+                step=progress.step if progress else None, **changed,
             )  # fmt: skip
         except StaleIncarnation as exc:
             return "stale", exc.message
@@ -61,14 +63,28 @@ class Beater:
                 log.warning("beats of %s do not get through: %s", self.who.worker_id, exc)
             return None
         self._number += 1
+        self._shown = {} if answer.revived else fields
         if self._failures:
             log.warning("beats of %s get through again after %d failures", self.who.worker_id, self._failures)
             self._failures = 0
         return None
 
+    def _fields(self, progress: Progress | None, late_ms: int, phase: str | None) -> dict[str, str | int]:
+        """What people see; coarse, so that a trainer that is well sends nothing new."""
+        idle_s = 0 if progress is None else int(time.monotonic() - progress.at)
+        fields: dict[str, str | int] = {} if progress is None or math.isnan(progress.loss) else {"loss": f"{progress.loss:.4g}"}
+        return fields | {
+            "phase": phase or (progress.phase if progress else "alive"),
+            "idle_s": idle_s if idle_s > self._interval_ms / 500 else 0,
+            "late_ms": late_ms if late_ms > self._interval_ms / 10 else 0,
+            "host": self.who.host,
+            "pid": self.who.pid,
+            "address": self.who.address,
+        }
+
     def _last_number(self) -> int:
-        held = self.state.redis.hget(self.state.keys.fences, f"{self.who.worker_id}/beat")
-        return int(str(held).split(" ")[0]) if held else 0
+        with translate(self.state.url):
+            return int(self.state.redis.hget(self.state.keys.worker(self.who.worker_id), "beat") or 0)
 
     def pause_s(self) -> float:
         """Seconds until the next beat: the interval less up to a tenth, or a growing random wait while nothing gets through."""

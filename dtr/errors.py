@@ -190,6 +190,10 @@ class SlotUnavailable(CheckpointError):
     """A staging slot cannot be read now: it is being written, or holds another save."""
 
 
+class RunUnknown(CheckpointError):
+    """Redis does not know the run of this checkpoint; its record in the store may."""
+
+
 class CheckpointAborted(CheckpointError):
     """The checkpoint was aborted; the message says why."""
 
@@ -231,8 +235,8 @@ BY_CODE: dict[str, type[DtrError]] = {
     "CKPT_CONFLICT": CheckpointConflict,
     "CKPT_ABORTED": CheckpointAborted,
     "CKPT_ABANDONED": CheckpointAbandoned,
-    "CKPT_UNKNOWN": CheckpointError,
     "CKPT_STATE": CheckpointError,
     "PART_UNKNOWN": CheckpointError,
+    "RUN_UNKNOWN": RunUnknown,
     "INVALID": InvalidInput,
 }

@@ -36,10 +36,11 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeatAnswer:
-    """What a beat learns: the generation of the membership, and the open run ('' between runs)."""
+    """What a beat learns: the generation of the membership, the open run ('' between runs), and whether ``worker:ID`` had expired."""
 
     generation: int
     run: str
+    revived: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,15 +137,15 @@ def beat(
         ttl_ms: time to live without another beat.
         interval_ms: between two beats.
         step: the last step, None before the first.
-        progress: further fields for ``worker:ID``, for people.
+        progress: further fields for ``worker:ID``, for people; only those that changed since the last beat that was answered.
 
     Raises:
         StaleIncarnation: the member was reaped or replaced.
         StateLost: Redis was emptied or lost writes.
     """
     keys = state.keys
-    fields = [text for pair in progress.items() for text in pair] or ["phase", "alive"]
-    generation, run = state.call(
+    fields = [text for pair in progress.items() for text in pair]
+    generation, run, how = state.call(
         "member_beat",
         [
             keys.meta,
@@ -168,7 +169,7 @@ def beat(
             *fields,
         ],
     )
-    return BeatAnswer(generation=int(generation), run=run or "")
+    return BeatAnswer(generation=int(generation), run=run or "", revived=how == "revived")
 
 
 def depart(state: JobState, *, state_id: str, worker_id: str, incarnation: str, reason: str) -> bool:

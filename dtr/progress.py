@@ -6,6 +6,7 @@ after, so that a reader notices a page caught in the middle.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -15,18 +16,19 @@ from typing import Final
 
 __all__ = ["Progress", "ProgressPage", "read_page"]
 
-_LAYOUT: Final = struct.Struct("<8sQqd32sQ")
+_LAYOUT: Final = struct.Struct("<8sQqdd32sQ")
 _MAGIC: Final = b"DTRPAGE1"
 PAGE_BYTES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """The newest report: ``step`` is -1 before the first; ``at`` is CLOCK_MONOTONIC seconds of this host."""
+    """The newest report: ``step`` is -1 before the first; ``at`` is CLOCK_MONOTONIC seconds of this host; ``loss`` is NaN if unknown."""
 
     step: int
     phase: str
     at: float
+    loss: float = math.nan
 
 
 class ProgressPage:
@@ -48,11 +50,11 @@ class ProgressPage:
                 os.close(descriptor)
         self.write(-1, "starting")
 
-    def write(self, step: int, phase: str) -> None:
+    def write(self, step: int, phase: str, loss: float = math.nan) -> None:
         """Report; costs about a microsecond."""
         self._counter += 1
         word = phase.encode()[:32]
-        self._map[: _LAYOUT.size] = _LAYOUT.pack(_MAGIC, self._counter, step, time.monotonic(), word, self._counter)
+        self._map[: _LAYOUT.size] = _LAYOUT.pack(_MAGIC, self._counter, step, time.monotonic(), loss, word, self._counter)
 
     def read(self) -> Progress:
         """The newest report."""
@@ -72,10 +74,10 @@ class ProgressPage:
 
 
 def _parse(raw: bytes) -> Progress | None:
-    magic, before, step, at, phase, after = _LAYOUT.unpack(raw)
+    magic, before, step, at, loss, phase, after = _LAYOUT.unpack(raw)
     if magic != _MAGIC or before != after:
         return None
-    return Progress(step=step, phase=phase.rstrip(b"\0").decode(errors="replace"), at=at)
+    return Progress(step=step, phase=phase.rstrip(b"\0").decode(errors="replace"), at=at, loss=loss)
 
 
 def read_page(path: str) -> Progress | None:

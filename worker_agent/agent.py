@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Collection, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -192,7 +193,7 @@ class Agent:
         Args:
             batch: what the step consumed.
             step: its number; default: one more than the last.
-            loss: for people.
+            loss: shown to people with the member.
 
         Returns the number of the step: on after the restored one, from 0 in a fresh run.
 
@@ -204,7 +205,7 @@ class Agent:
         if number <= self._step:
             raise InvalidInput(f"step must grow: got {number} after {self._step}", field="step")
         self._step = number
-        self._session.page.write(number, "training" if loss is None else f"training loss {loss:.4g}")
+        self._session.page.write(number, "training", math.nan if loss is None else float(loss))
         return number
 
     @contextlib.contextmanager

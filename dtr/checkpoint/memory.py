@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ __all__ = ["WarmMaps", "grow", "is_reserved"]
 
 BUDGET_LOCK: Final = ".budget.lock"
 _CHUNK_BYTES: Final = 64 << 20  # one fallocate; a signal during it undoes and repeats it, so it is not the whole slot at once
+_TOUCH_BYTES: Final = 2 << 20  # the kernel keeps the address space locked meanwhile: a trainer that allocates must not notice
+_FAULTING_THREADS: Final = 4
 _SPARE_BYTES: Final = 64 << 10  # for the record, and the record that replaces it
 _POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _BUDGET_WAIT_S: Final = 10.0
@@ -154,17 +157,13 @@ class WarmMaps:
 
     @contextlib.contextmanager
     def buffer(self, files: SlotFiles, size_bytes: int) -> Iterator[memoryview]:
-        """The slot's bytes, writable; the caller holds the slot exclusively and has reserved them."""
-        with memoryview(self._map(files, size_bytes)) as view:
+        """The slot's bytes, writable and every page of them there; the caller holds the slot exclusively and has reserved them."""
+        with memoryview(self._map(files, size_bytes, threads=min(_FAULTING_THREADS, os.cpu_count() or 1))) as view:
             yield view
 
     def warm(self, files: SlotFiles, size_bytes: int, *, stop: Callable[[], bool]) -> None:
-        """Touch every page of a slot, without changing a byte."""
-        mapping = self._map(files, size_bytes)
-        for start in range(0, size_bytes, _CHUNK_BYTES):
-            if stop():
-                return
-            _populate(mapping, start, min(_CHUNK_BYTES, size_bytes - start))
+        """Map a slot ahead of its use, in this thread alone, until ``stop()``; not a byte of it changes."""
+        self._map(files, size_bytes, threads=1, stop=stop)
 
     def drop(self, files: SlotFiles) -> None:
         """Unmap a slot whose file is about to change its size: a page beyond the end of a file is fatal to touch."""
@@ -179,7 +178,7 @@ class WarmMaps:
         for held in maps:
             _close(held.mapping)
 
-    def _map(self, files: SlotFiles, size_bytes: int) -> mmap.mmap:
+    def _map(self, files: SlotFiles, size_bytes: int, *, threads: int, stop: Callable[[], bool] = lambda: False) -> mmap.mmap:
         status = os.stat(files.data)
         inode = (status.st_dev, status.st_ino)
         with self._mutex:
@@ -192,6 +191,7 @@ class WarmMaps:
             mapping = mmap.mmap(descriptor, size_bytes)
         finally:
             os.close(descriptor)
+        _populate(mapping, size_bytes, threads, stop)
         with self._mutex:
             self._maps[files.data] = _Map(mapping, inode, size_bytes)
         return mapping
@@ -207,9 +207,22 @@ def _libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _populate(mapping: mmap.mmap, start: int, length: int) -> None:
+def _populate(mapping: mmap.mmap, size_bytes: int, threads: int, stop: Callable[[], bool]) -> None:
+    """Touch every page at once instead of one fault at a time; several threads fault faster than one."""
     whole = np.frombuffer(mapping, dtype=np.uint8)
-    address = whole.ctypes.data + start
-    if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _POPULATE_WRITE) != 0:
-        pages = whole[start : start + length : mmap.PAGESIZE]
-        np.bitwise_or(pages, 0, out=pages)  # an older kernel: write each page's first byte as it is
+
+    def touch(start: int) -> None:
+        if stop():
+            return
+        length = min(_TOUCH_BYTES, size_bytes - start)
+        if _libc().madvise(ctypes.c_void_p(whole.ctypes.data + start), ctypes.c_size_t(length), _POPULATE_WRITE) != 0:
+            pages = whole[start : start + length : mmap.PAGESIZE]
+            np.bitwise_or(pages, 0, out=pages)  # an older kernel: write the first byte of each page as it is
+
+    starts = range(0, size_bytes, _TOUCH_BYTES)
+    if threads == 1 or len(starts) == 1:
+        for start in starts:
+            touch(start)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="dtr-touch") as pool:
+        list(pool.map(touch, starts))

@@ -8,6 +8,7 @@ next user of the folder frees it; afterwards it is a complete part that uploads 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -201,8 +202,10 @@ class Arena:
 
     def close(self) -> None:
         """Give back the memory of every slot that is not waiting for its upload. Idempotent."""
+        if self._pid != os.getpid():  # and the mutex may have been held by another thread at the fork
+            return
         with self._mutex:
-            if self._closed or self._pid != os.getpid():
+            if self._closed:
                 return
             self._closed = True
         if self._warming is not None:
@@ -220,6 +223,20 @@ class Arena:
             raise CheckpointError("the staging arena is closed")
 
     def _try_acquire(self, size_bytes: int) -> Slot | None:
+        try:
+            return self._pick(size_bytes)
+        except StagingFull:
+            raise
+        except OSError as exc:
+            if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+                free = space_of(self.staging).free_bytes
+                raise StagingFull(
+                    f"the staging folder {self.staging} has no room for a slot of {size_bytes} bytes: {exc.strerror}, {free} bytes free",
+                    needed_bytes=size_bytes, free_bytes=free, budget_bytes=self.budget_bytes,
+                ) from exc  # fmt: skip
+            raise CheckpointError(f"the staging folder {self.staging} cannot be used: {exc}") from exc
+
+    def _pick(self, size_bytes: int) -> Slot | None:
         with self._mutex:
             self._own(self.folder)
             existing = self._existing()  # its owner lock is ours from here on, so no reclaimer touches the folder

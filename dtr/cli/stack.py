@@ -10,7 +10,7 @@ import rich_click as click
 
 from dtr.config import Settings
 from dtr.errors import Unavailable
-from dtr.stack import Stack, Up, default_home
+from dtr.stack import ServiceFailed, Stack, Up, default_home
 from dtr.stack.follow import Follower
 
 __all__ = ["down", "up"]
@@ -34,6 +34,14 @@ def up(ctx: click.Context, detach: bool, url: str | None, flower: bool, home: Pa
     stopped. The server's data are kept from one `up` to the next.
     """
     stack = Stack(home or default_home(), Settings.load(redis_url=url), flower=flower)
+    try:
+        _up(ctx, stack, detach=detach)
+    except ServiceFailed as exc:
+        click.echo(exc.facts.get("tail", ""), err=True)
+        raise
+
+
+def _up(ctx: click.Context, stack: Stack, *, detach: bool) -> None:
     if detach:
         found = stack.up()
         _show(stack, found)

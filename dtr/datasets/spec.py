@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import orjson
 
@@ -50,12 +51,14 @@ class FileFacts:
 class DatasetSpec:
     """One version of a data set, without its files.
 
-    ``path`` is absolute; ``digest`` covers everything but name, version and time, so equal digests mean the same data.
+    ``path`` is what was given, made absolute; ``folder`` is where the files' names begin: the path, or what holds it if it is a
+    file. ``digest`` covers everything but name, version and time, so equal digests mean the same data.
     """
 
     name: str
     version: int
     path: str
+    folder: str
     format: Format
     total_samples: int
     shard_size: int
@@ -71,6 +74,7 @@ class DatasetSpec:
         return {
             "version": str(self.version),
             "path": self.path,
+            "folder": self.folder,
             "format": self.format.name,
             **self.format.options(),
             "total_samples": str(self.total_samples),
@@ -92,6 +96,7 @@ class DatasetSpec:
                 format=format_of_fields(fields),
                 shuffle={"true": True, "false": False}[fields["shuffle"]],
                 path=fields["path"],
+                folder=fields["folder"],
                 digest=fields["digest"],
                 **{key: int(fields[key]) for key in _INTEGERS},
             )
@@ -102,9 +107,7 @@ class DatasetSpec:
 _INTEGERS = ("version", "total_samples", "shard_size", "shards", "files", "seed", "registered_at_ms")
 
 
-def digest_of(
-    *, path: str, format: Format, shard_size: int, shuffle: bool, seed: int, files: Sequence[FileFacts]
-) -> str:
+def digest_of(*, path: str, format: Format, shard_size: int, shuffle: bool, seed: int, files: Sequence[FileFacts]) -> str:
     """The digest of a spec: SHA-256 over its canonical JSON, in hex, cut to 128 bits."""
     content = {
         "path": path,
@@ -171,7 +174,7 @@ class Shard:
         except OSError as exc:
             raise self._unreadable(exc) from exc
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> BufferedReader:
         try:
             file = open(self.path, "rb")  # noqa: SIM115 - the caller closes it
         except OSError as exc:
@@ -238,7 +241,7 @@ class Dataset:
             file=facts.file,
             start=start,
             stop=stop,
-            path=os.path.join(spec.path, facts.file) if os.path.basename(spec.path) != facts.file else spec.path,
+            path=os.path.join(spec.folder, facts.file),
             format=spec.format,
             span=Span(start=start, stop=stop, first_byte=first_byte, end_byte=end_byte),
             size_bytes=facts.size_bytes,

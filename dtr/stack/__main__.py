@@ -1,7 +1,7 @@
 """``python -m dtr.stack HOME``: the supervisor of a local stack as a process of its own.
 
 It reads its plan from stdin, leaves its starter (a launcher that waits for its children never meets it), and answers on stdout
-with one line of JSON: ``ready``, ``busy`` (another supervisor has the folder) or ``failed`` with the message. After that it has
+with one line of JSON: ``ready``, ``busy`` (another supervisor has the folder) or ``failed`` with the reason. After that it has
 no tie to its starter but the folder's locks.
 """
 
@@ -24,20 +24,23 @@ _LOCK_WITHIN_S = 2.0  # a passer-by who asks whether the lock is held, holds it 
 
 
 class _Answer:
-    """The one line to the starter."""
+    """The one line to the starter: the first that is given."""
 
     def __init__(self) -> None:
-        self._descriptor = os.dup(1)  # not inherited by the services
+        self._descriptor: int | None = os.dup(1)  # not inherited by the services
         os.dup2(2, 1)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-    def give(self, state: str, message: str = "") -> None:
-        line = json.dumps({"state": state, "message": message}) + "\n"
+    def give(self, state: str, message: str = "", tail: str = "") -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        line = json.dumps({"state": state, "message": message, "tail": tail}) + "\n"
         try:
-            os.write(self._descriptor, line.encode())
+            os.write(descriptor, line.encode())
         except BrokenPipeError:
             logger.info("the starter has gone before the answer: %s", state)
-        os.close(self._descriptor)
+        os.close(descriptor)
 
 
 def main(argv: list[str]) -> int:
@@ -58,12 +61,13 @@ def main(argv: list[str]) -> int:
         Supervisor(home, plan).run(lambda: answer.give("ready"))
     except DtrError as exc:
         logger.error("%s", exc)
-        answer.give("failed", exc.message)
+        answer.give("failed", exc.message, exc.facts.get("tail", ""))
         return exc.exit_code
     except Exception as exc:
         logger.exception("the supervisor ended by an error")
         answer.give("failed", f"{type(exc).__name__}: {exc}")
         return 1
+    answer.give("failed", "the stack was ended while it started")
     return 0
 
 

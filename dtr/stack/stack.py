@@ -34,6 +34,7 @@ __all__ = ["Down", "Stack", "Up", "make_plan"]
 
 _READY_WITHIN_S: Final = 180.0
 _END_WITHIN_S: Final = 90.0
+_KILL_S: Final = 10.0
 _POLL_S: Final = 0.05
 
 
@@ -140,17 +141,10 @@ class Stack:
         if not self.home.path.exists():
             return Down(stopped=())
         lock = self.home.supervising()
-        if not lock.take():
-            record = self._end_supervisor()
-            if not lock.take(within_s=_END_WITHIN_S):
-                processes.send(record.supervisor, signal.SIGKILL)
-                if not lock.take(within_s=5.0):
-                    raise Unavailable(f"the supervisor of {self.home.path} (process {record.supervisor.pid}) does not end")
-            stopped = [service.name for service in record.services]
-            adopted = record.url if record.adopted else None
-        else:
-            stopped, adopted = [], None
+        record = self._end_supervisor(lock)
         try:
+            stopped = [service.name for service in record.services] if record is not None else []
+            adopted = record.url if record is not None and record.adopted else None
             return Down(stopped=tuple(dict.fromkeys([*stopped, *sweep(self.home)])), adopted=adopted)
         finally:
             lock.release()
@@ -230,12 +224,14 @@ class Stack:
             with child.stdin as stdin, contextlib.suppress(BrokenPipeError):
                 stdin.write(plan.encode().encode())
             line = _read_line(child.stdout.fileno(), _READY_WITHIN_S)
-        answer = json.loads(line or '{"state": "failed", "message": ""}')
+        if not line:
+            raise ServiceFailed.because("the supervisor ended without an answer", self.home.log("stack"))
+        answer = json.loads(line)
         if answer["state"] == "busy":
             return None
         record = self.home.record()
         if answer["state"] != "ready" or record is None:
-            raise ServiceFailed(answer["message"] or f"the supervisor ended without an answer; see {self.home.log('stack')}")
+            raise ServiceFailed(answer["message"] or "the stack ended as soon as it was ready", tail=answer["tail"])
         return Up(started=True, record=record, notes=plan.notes)
 
     def _sweep(self) -> None:
@@ -246,18 +242,25 @@ class Stack:
             finally:
                 lock.release()
 
-    def _end_supervisor(self) -> Record:
-        """Ask the supervisor to end; it is alive, or was a moment ago."""
-        deadline = time.monotonic() + _READY_WITHIN_S
-        while (record := self.home.record()) is None:  # it has the lock, and has not written yet
+    def _end_supervisor(self, lock: Lock) -> Record | None:
+        """Take the lock of supervisors: from one that is alive by asking it to end; its last record, None if there was none alive."""
+        asked: Record | None = None
+        deadline = time.monotonic() + _END_WITHIN_S
+        while not lock.take():  # it may be one that has not written its record yet, or has removed it already
+            record = self.home.record()
+            if record is not None and record.host != socket.gethostname():
+                raise ConfigError(f"the stack in {self.home.path} runs on host {record.host}: run `dtr down` there")
+            if record is not None and (asked is None or asked.supervisor != record.supervisor):
+                self.home.keep(wanted=False)
+                asked = record if processes.send(record.supervisor, signal.SIGTERM) else asked
+            elif record is not None:
+                asked = record
             if time.monotonic() > deadline:
-                raise Unavailable(f"{self.home.path} is locked, but nothing is on record there")
+                if asked is None or not processes.send(asked.supervisor, signal.SIGKILL):
+                    raise Unavailable(f"{self.home.path} is locked by a process that does not end; see {self.home.log('stack')}")
+                deadline += _KILL_S
             time.sleep(_POLL_S)
-        if record.host != socket.gethostname():
-            raise ConfigError(f"the stack in {self.home.path} runs on host {record.host}: run `dtr down` there")
-        self.home.keep(wanted=False)
-        processes.send(record.supervisor, signal.SIGTERM)
-        return record
+        return asked
 
     def _await_end_if_unused(self) -> None:
         """Wait until the supervisor has ended, unless somebody else wants the stack."""

@@ -15,7 +15,8 @@ import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, Self
 
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import Unavailable
@@ -25,7 +26,7 @@ from dtr.stack.processes import ProcessId
 from dtr.stack.services import Plan, Service
 from dtr.state.client import mask
 
-__all__ = ["ServiceFailed", "Supervisor", "restart_delay_s", "sweep"]
+__all__ = ["ServiceFailed", "Supervisor", "restart_delay_s", "sweep", "tail"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,14 @@ _TAIL_BYTES: Final = 2_000
 
 
 class ServiceFailed(Unavailable):
-    """A service of the local stack did not start; the message has the end of its log."""
+    """A service of the local stack did not start; the message has the last line of its log, the fact ``tail`` more of it."""
+
+    @classmethod
+    def because(cls, what: str, log: Path) -> Self:
+        """The error that says ``what``, with the end of that log."""
+        end = tail(log)
+        last = end.splitlines()[-1].strip() if end else "it is empty"
+        return cls(f"{what}; the last line of {log}: {last}", tail=end)
 
 
 class _Unwanted(Exception):
@@ -56,6 +64,15 @@ def sweep(home: Home) -> list[str]:
     return [service.name for service in running]
 
 
+def tail(log: Path) -> str:
+    """The end of a log, for a message."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        return file.read().decode(errors="replace").strip()
+
+
 def restart_delay_s(failures: int) -> float:
     """Seconds before a service is started again after it ended ``failures`` times in a row: 0.5, 1, 2, ... up to 30."""
     return float(min(30.0, 0.5 * 2.0 ** min(failures - 1, 10)))
@@ -68,7 +85,6 @@ class _Kept:
     service: Service
     child: subprocess.Popen[bytes] | None = None
     process: ProcessId | None = None
-    log_from: int = 0
     started_at: float = 0.0
     start_at: float = 0.0
     failures: int = 0
@@ -149,8 +165,7 @@ class Supervisor:
             what = f"did not answer within {kept.service.ready_within_s:g} s"
         else:
             return
-        log = self._home.log(kept.service.name)
-        raise ServiceFailed(f"{kept.service.name} {what}; its log ({log}) ends:\n{self._tail(kept)}", service=kept.service.name)
+        raise ServiceFailed.because(f"{kept.service.name} {what}", self._home.log(kept.service.name))
 
     def _start(self, kept: _Kept) -> None:
         log = self._home.log(kept.service.name)
@@ -158,10 +173,6 @@ class Supervisor:
         kept.process = processes.identify(kept.child.pid)
         kept.started_at = self._clock.monotonic()
         self._write()
-
-    def _tail(self, kept: _Kept) -> str:
-        log = self._home.log(kept.service.name)
-        return log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip() if log.exists() else ""
 
     # --- watching ---
 

@@ -18,7 +18,7 @@ from redis.retry import Retry
 
 from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable, DtrError
 
-__all__ = ["check_url", "connect", "connect_blocking", "mask", "translate"]
+__all__ = ["check_url", "connect", "connect_blocking", "mask", "translate", "translated"]
 
 COMMAND_TIMEOUT_S: Final = 2.0
 _SCHEMES: Final = ("redis", "rediss", "unix")
@@ -120,20 +120,27 @@ def translate(url: str) -> Iterator[None]:
     """Errors of redis-py become errors of dtr, which say what to do."""
     try:
         yield
-    except DtrError:  # ours already, also where it is an OSError or a ValueError too
-        raise
-    except (rx.AuthenticationError, rx.NoPermissionError, rx.OutOfMemoryError) as exc:
-        raise CoordinatorRefused(f"Redis at {mask(url)} refuses: {exc}") from exc
-    except rx.ResponseError as exc:
-        if str(exc).startswith(_REFUSALS):
-            raise CoordinatorRefused(f"Redis at {mask(url)} refuses: {exc}") from exc
-        raise CoordinatorUnavailable(f"Redis at {mask(url)} answered with an error: {exc}") from exc
-    except rx.RedisError as exc:
-        raise CoordinatorUnavailable(
-            f"Redis at {mask(url)} cannot be reached: {_first_line(exc)}. Start one with `dtr up`, or check the URL."
-        ) from exc
-    except (OSError, UnicodeError) as exc:
-        raise CoordinatorUnavailable(f"Redis at {mask(url)} cannot be reached: {_first_line(exc)}") from exc
+    except Exception as exc:
+        known = translated(exc, url)
+        if known is exc:
+            raise
+        raise known from exc
+
+
+def translated(exc: Exception, url: str) -> Exception:
+    """What ``exc`` means to a user of dtr; itself if it is dtr's already, or none of Redis's."""
+    if isinstance(exc, DtrError):  # also where it is an OSError or a ValueError too
+        return exc
+    shown = mask(url)
+    if isinstance(exc, (rx.AuthenticationError, rx.NoPermissionError, rx.OutOfMemoryError)) or (
+        isinstance(exc, rx.ResponseError) and str(exc).startswith(_REFUSALS)
+    ):
+        return CoordinatorRefused(f"Redis at {shown} refuses: {exc}")
+    if isinstance(exc, rx.ResponseError):
+        return CoordinatorUnavailable(f"Redis at {shown} answered with an error: {exc}")
+    if isinstance(exc, (rx.RedisError, OSError, UnicodeError)):
+        return CoordinatorUnavailable(f"Redis at {shown} cannot be reached: {_first_line(exc)}. Start one with `dtr up`, or check the URL.")
+    return exc
 
 
 def _first_line(exc: BaseException) -> Any:

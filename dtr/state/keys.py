@@ -11,11 +11,12 @@ key                            type    holds (TTL; written by)
                                        ended_rank, ended_reason, beat_at, grace_until, latest (RUN/STEP) (none; every module)
 ``members``                    zset    worker -> deadline in ms (none; join, beat, depart)
 ``fences``                     hash    worker -> incarnation; worker/CHANNEL -> ``number answer`` (none; join, depart, each channel)
-``departed``                   hash    worker -> ``incarnation time step reason`` of its newest departure (none; depart, reap)
+``departed``                   hash    worker -> ``incarnation time reason`` of its newest departure (none; depart, reap)
 ``counters``                   hash    counter -> value: saves_skipped, ... (none; trainers)
-``worker:ID``                  hash    incarnation, host, pid, address, step, phase, idle_s, late_ms, beat_at (the member's ttl; join, beat)
+``worker:ID``                  hash    incarnation, host, pid, address, step, loss, phase, idle_s, late_ms, beat, beat_at (ttl and 2 beats; join, beat)
 ``ring``                       zset    ``worker#n`` -> mmh3 point, for people: agents compute it from member ids (none; join)
-``roster``                     hash    the current run only: worker -> ``rank incarnation`` (none; form, depart)
+``roster``                     hash    the current run only: worker -> ``rank incarnation``; ``:fence`` (state id and run, while it is open),
+                                       ``:world``, ``:wanted``, ``:released/NAME`` (none; form, depart, arrive)
 ``forming``                    hash    arrivals of the next run: worker -> ``incarnation asked_rank host`` (none; form)
 ``run:RUN``                    hash    world_size, generation, previous, base_state, base_run, base_step, store, formed_at, and one field
                                        ``member:ID`` -> ``rank incarnation host`` each (none; form, base)
@@ -46,8 +47,7 @@ Outside any job: ``dtr:jobs`` (zset, job -> last seen) and ``dtr:uploader:HOST``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from dtr import names
 
@@ -66,8 +66,7 @@ def upload_queue(host: str) -> str:
     return f"dtr.upload.{host}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundKeys:
+class RoundKeys(NamedTuple):
     """The three keys of one barrier round."""
 
     round: str
@@ -78,16 +77,22 @@ class RoundKeys:
 class Keys:
     """Spells every key of one job."""
 
-    __slots__ = ("job", "prefix")
-
     def __init__(self, job: str) -> None:
         self.job = names.job_name(job)
-        self.prefix = f"dtr:{{{job}}}:"
-
-    def __getattr__(self, name: str) -> str:
-        if name in _SIMPLE:
-            return self.prefix + name
-        raise AttributeError(name)
+        self.prefix = prefix = f"dtr:{{{job}}}:"
+        self.meta: Final = prefix + "meta"
+        self.members: Final = prefix + "members"
+        self.fences: Final = prefix + "fences"
+        self.departed: Final = prefix + "departed"
+        self.counters: Final = prefix + "counters"
+        self.ring: Final = prefix + "ring"
+        self.roster: Final = prefix + "roster"
+        self.forming: Final = prefix + "forming"
+        self.wake: Final = prefix + "wake"
+        self.lineage: Final = prefix + "lineage"
+        self.ckpts: Final = prefix + "ckpts"
+        self.open_ckpts: Final = prefix + "open_ckpts"
+        self.events: Final = prefix + "events"
 
     def worker(self, worker_id: str) -> str:
         return f"{self.prefix}worker:{worker_id}"
@@ -117,8 +122,3 @@ class Keys:
     def placement(self, name: str, generation: int | None = None) -> str:
         base = f"{self.prefix}placement:{name}"
         return base if generation is None else f"{base}:{generation}"
-
-
-_SIMPLE: Final = frozenset(
-    {"meta", "members", "fences", "departed", "ring", "roster", "forming", "wake", "lineage", "ckpts", "open_ckpts", "events", "counters"}
-)

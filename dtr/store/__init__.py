@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
 from dtr.errors import ConfigError
 from dtr.store.base import Store
@@ -69,7 +69,8 @@ def _file(url: str) -> Store:
 
 
 def _s3(url: str) -> Store:
-    from dtr.store.s3 import S3Location, S3Store
+    from dtr.store.s3 import S3Store
+    from dtr.store.s3_location import S3Location
 
     parts = urlsplit(url)
     if parts.fragment:
@@ -82,4 +83,4 @@ def _s3(url: str) -> Store:
         if name in options or not value:
             raise _wrong(f"got {name!r} " + ("twice" if name in options else "without a value"))
         options[name] = value
-    return S3Store(S3Location.parse(bucket=parts.netloc, prefix=parts.path.strip("/"), **options))
+    return S3Store(S3Location.parse(bucket=parts.netloc, prefix=unquote(parts.path).strip("/"), **options))

@@ -17,13 +17,27 @@ itself), ``StoreRefused`` (will not: somebody has to act), ``ConditionalPutUnsup
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from dtr.errors import InvalidInput
 
-__all__ = ["PIECE_BYTES", "Progress", "Source", "Store", "as_bytes", "check_key", "check_prefix"]
+__all__ = [
+    "PIECE_BYTES",
+    "RESERVED",
+    "Progress",
+    "Source",
+    "Store",
+    "as_bytes",
+    "check_key",
+    "check_prefix",
+    "check_range",
+    "check_size",
+    "is_key",
+    "open_source",
+]
 
 Progress = Callable[[int], None]  # gets the bytes done so far; what it raises cancels the transfer and is passed on
 Source = str | os.PathLike[str] | int  # a path, or a file descriptor whose position is neither used nor moved
@@ -61,6 +75,15 @@ def _check_name(name: str, key: str, field: str) -> None:
     else:
         return
     raise InvalidInput(f"{field} must be a plain relative path, got {wrong} in {key[:120]!r}", field=field)
+
+
+def is_key(value: str) -> bool:
+    """Whether a name found in a folder or bucket can be one of our objects."""
+    try:
+        check_key(value)
+    except InvalidInput:
+        return False
+    return True
 
 
 def check_prefix(value: Any) -> str:
@@ -121,7 +144,10 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def read_into(self, key: str, buffer: memoryview | bytearray, offset: int = 0) -> int:
-        """Fill ``buffer`` with the object's bytes from ``offset`` on, in parallel pieces; returns how many there were (fewer at its end)."""
+        """Fill ``buffer`` with the object's bytes from ``offset`` on, in parallel pieces.
+
+        Returns how many there were: fewer than the buffer holds only where the object ends.
+        """
 
     @abc.abstractmethod
     def size(self, key: str) -> int:
@@ -172,3 +198,19 @@ def check_size(size_bytes: int, offset: int, available_bytes: int) -> None:
         raise InvalidInput(
             f"size_bytes {size_bytes} from offset {offset} is more than the file has: {available_bytes} bytes", field="size_bytes"
         )
+
+
+@contextlib.contextmanager
+def open_source(source: Source) -> Iterator[int]:
+    """The descriptor of a file to be stored: the caller's own, or one that is opened here and closed at the end."""
+    if isinstance(source, int):
+        yield source
+        return
+    try:
+        fd = os.open(source, os.O_RDONLY)
+    except OSError as exc:
+        raise InvalidInput(f"source cannot be read: {exc.strerror}: {os.fspath(source)!r}", field="source") from exc
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -74,6 +74,10 @@ class Folders:
         made = os.stat(folder)
         self._synced[folder] = (made.st_dev, made.st_ino)
 
+    def forget(self, folder: str) -> None:
+        """The folder was removed; its inode may become another's."""
+        self._synced.pop(folder, None)
+
     def _ensure_parent(self, parent: str) -> None:
         above_root = not (parent + os.sep).startswith(self._root + os.sep)
         if not (above_root and os.path.isdir(parent)):

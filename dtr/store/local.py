@@ -8,15 +8,23 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-from dtr.errors import AlreadyExists, ConditionalPutUnsupported, DtrError, IntegrityError, InvalidInput, NotFound
-from dtr.errors import StoreRefused, StoreUnavailable
+from dtr.errors import (
+    AlreadyExists,
+    ConditionalPutUnsupported,
+    DtrError,
+    IntegrityError,
+    InvalidInput,
+    NotFound,
+    StoreRefused,
+    StoreUnavailable,
+)
 from dtr.failpoints import failpoint
 from dtr.store.base import (
     PIECE_BYTES,
-    RESERVED,
     Progress,
     Source,
     Store,
@@ -25,6 +33,8 @@ from dtr.store.base import (
     check_prefix,
     check_range,
     check_size,
+    is_key,
+    open_source,
 )
 from dtr.store.durable import TEMPORARY, Folders, copy_some, is_abandoned, link_absent, publish, temporary
 from dtr.store.pieces import Piece, cut, move
@@ -40,21 +50,28 @@ _PASSES_BY_ITSELF: Final = {
 _ABSENT: Final = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
+@dataclass(slots=True, kw_only=True)
+class _Shared:
+    """What a store and its children have in common."""
+
+    base: str
+    folders: Folders
+    probed: bool = False
+
+
 class LocalStore(Store):
     """Objects are plain files below ``root``, with mode 0644 less the umask; folders are made when needed and removed when empty."""
 
-    def __init__(self, root: str, *, shared: LocalStore | None = None) -> None:
+    def __init__(self, root: str, *, shared: _Shared | None = None) -> None:
         self._root = os.path.abspath(root)
-        self._folders: Folders = shared._folders if shared else Folders(self._root)
-        self._base: str = shared._base if shared else self._root
-        self._probed: list[bool] = shared._probed if shared else []
+        self._shared = shared or _Shared(base=self._root, folders=Folders(self._root))
 
     @property
     def url(self) -> str:
         return "file://" + quote(os.fsencode(self._root))
 
     def child(self, prefix: str) -> LocalStore:
-        return LocalStore(os.path.join(self._root, check_key(prefix, "prefix")), shared=self)
+        return LocalStore(os.path.join(self._root, check_key(prefix, "prefix")), shared=self._shared)
 
     def _path(self, key: str) -> str:
         return os.path.join(self._root, check_key(key))
@@ -84,13 +101,14 @@ class LocalStore(Store):
         with open_source(source) as source_fd:
             check_size(size_bytes, offset, os.fstat(source_fd).st_size)
             with self._writing(key, target, size_bytes, if_absent=if_absent) as fd:
-                self._copy(key, source_fd, offset, fd, size_bytes, progress)
+                self._copy(key, (source_fd, offset), fd, size_bytes, progress)
 
-    def _copy(self, key: str, source: int, offset: int, target: int, size_bytes: int, progress: Progress | None) -> None:
+    def _copy(self, key: str, source: tuple[int, int], target: int, size_bytes: int, progress: Progress | None) -> None:
         done, way = 0, 0
+        source_fd, offset = source
         while done < size_bytes:
             with self._translated("write", key):
-                count, way = copy_some(source, offset + done, target, min(PIECE_BYTES, size_bytes - done), way=way)
+                count, way = copy_some(source_fd, offset + done, target, min(PIECE_BYTES, size_bytes - done), way=way)
             if not count:
                 raise IntegrityError(f"the file to be stored as {key} ended after {done} of {size_bytes} bytes", key=key)
             done += count
@@ -105,7 +123,7 @@ class LocalStore(Store):
         folder, name = os.path.split(target)
         with contextlib.ExitStack() as stack:
             with self._translated("write", key, needed_bytes=size_bytes):
-                fd, path = stack.enter_context(temporary(folder, name, self._folders.ensure))
+                fd, path = stack.enter_context(temporary(folder, name, self._shared.folders.ensure))
             failpoint("store.local.before_write")
             yield fd
             with self._translated("write", key, needed_bytes=size_bytes):
@@ -169,7 +187,7 @@ class LocalStore(Store):
         """In the order of whole keys: ``a-b`` before ``a/b``, so a folder sorts as its name and a slash."""
         for name, is_folder in sorted(self._entries(folder)):
             key = prefix + name
-            if not _is_key(key.removesuffix("/")):
+            if not is_key(key.removesuffix("/")):
                 continue  # not ours: it could be listed, but not be read
             if is_folder:
                 yield from self._below(os.path.join(folder, name), key)
@@ -202,27 +220,26 @@ class LocalStore(Store):
 
     def _remove_empty(self, folder: str) -> None:
         """Folders are no objects: those that a deletion leaves empty go, as they would on S3. A writer makes them again."""
-        while folder.startswith(self._base + os.sep):
+        while folder.startswith(self._shared.base + os.sep):
             try:
                 os.rmdir(folder)
             except OSError:
                 return  # not empty, or not ours to remove
+            self._shared.folders.forget(folder)
             folder = os.path.dirname(folder)
 
     def probe(self) -> None:
-        if self._probed:
+        if self._shared.probed:
             return
         with self._translated("probe", "", unknown=False), contextlib.ExitStack() as stack:
-            first, second = (
-                stack.enter_context(temporary(self._root, "probe", self._folders.ensure))[1] for _ in range(2)
-            )
+            first, second = (stack.enter_context(temporary(self._root, "probe", self._shared.folders.ensure))[1] for _ in range(2))
             target = f"{first}-linked"
             stack.callback(_unlink, target)
             link_absent(first, target)
             try:
                 link_absent(second, target)
             except AlreadyExists:
-                self._probed.append(True)
+                self._shared.probed = True
                 return
         raise ConditionalPutUnsupported(f"{self.url}: link(2) replaced an existing file, so this file system cannot hold checkpoints")
 
@@ -268,14 +285,6 @@ class LocalStore(Store):
         return StoreRefused(what + hint, **facts)
 
 
-def _is_key(key: str) -> bool:
-    try:
-        check_key(key)
-    except InvalidInput:
-        return False
-    return True
-
-
 def _temporary_in(folder: str, name: str) -> str | None:
     return os.path.join(folder, name) if name.startswith(TEMPORARY) else None
 
@@ -290,22 +299,6 @@ def _free_bytes(path: str) -> int:
         path = os.path.dirname(path)
     stats = os.statvfs(path)
     return stats.f_bavail * stats.f_frsize
-
-
-@contextlib.contextmanager
-def open_source(source: Source) -> Iterator[int]:
-    """The descriptor of a file to be stored: the caller's own, or one that is opened here and closed at the end."""
-    if isinstance(source, int):
-        yield source
-        return
-    try:
-        fd = os.open(source, os.O_RDONLY)
-    except OSError as exc:
-        raise InvalidInput(f"source cannot be read: {exc.strerror}: {os.fspath(source)!r}", field="source") from exc
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _read(fd: int, start: int, end: int) -> bytes:

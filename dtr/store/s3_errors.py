@@ -65,7 +65,8 @@ def translate(exc: Exception, *, operation: str, key: str, url: str) -> Failure:
     said = f"{code} {error.get('Message', '')}".strip()[:300]
     if status >= 500 or status == 429 or code in _THROTTLED:
         return _busy(status, code, f"{what}: {said} (HTTP {status})", facts)
-    return _refused(status, code, what, said, facts, dict(metadata.get("HTTPHeaders", {})))
+    region = dict(metadata.get("HTTPHeaders", {})).get("x-amz-bucket-region")
+    return _refused(what, said, facts, url=url, region=region)
 
 
 def _without_answer(exc: Exception, what: str, facts: dict[str, Any]) -> Failure:
@@ -76,6 +77,8 @@ def _without_answer(exc: Exception, what: str, facts: dict[str, Any]) -> Failure
         return Failure(error=StoreRefused(f"{what}: no usable credentials ({exc}); {advice}", **facts, unknown=False))
     if names & {"ParamValidationError", "InvalidEndpointConfigurationError", "UnknownEndpointError", "EndpointProviderError"}:
         return Failure(error=ConfigError(f"{what}: {exc}", **facts))
+    if "SSLError" in names and any(word in str(exc) for word in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
+        return Failure(error=StoreRefused(f"{what}: no trusted TLS connection: {_one_line(exc)}", **facts, unknown=False))
     unknown = not names & _NEVER_SENT
     retry = bool(names & {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"})
     error = StoreUnavailable(f"{what}: {_one_line(exc)}", **facts, unknown=unknown)
@@ -89,13 +92,14 @@ def _busy(status: int, code: str, message: str, facts: dict[str, Any]) -> Failur
     return Failure(error=StoreUnavailable(message, **{**facts, "unknown": unknown}), retry=True, unknown=unknown)
 
 
-def _refused(status: int, code: str, what: str, said: str, facts: dict[str, Any], headers: dict[str, str]) -> Failure:
-    operation, key = facts["operation"], facts["key"]
+def _refused(what: str, said: str, facts: dict[str, Any], *, url: str, region: str | None) -> Failure:
+    """The service answered, and not with success."""
+    operation, key, status, code = facts["operation"], facts["key"], facts["status"], facts["code"]
     if code == "NoSuchBucket":
-        return Failure(error=StoreRefused(f"{what}: there is no such bucket; create it, or correct the URL", **facts))
-    if code in {"NoSuchUpload"}:
+        return Failure(error=StoreRefused(f"cannot {operation} in {url}: there is no such bucket; create it, or correct the URL", **facts))
+    if code == "NoSuchUpload" and operation != "AbortMultipartUpload":
         return Failure(error=StoreUnavailable(f"{what}: the upload was aborted or completed by another process", **facts))
-    if code == "NoSuchKey" or (status == 404 and operation in {"GetObject", "HeadObject"}):
+    if code == "NoSuchKey" or (status == 404 and operation in {"GetObject", "HeadObject", "AbortMultipartUpload"}):
         return Failure(error=NotFound(f"{what}: no such object", key=key))
     if status == 412:
         return Failure(error=AlreadyExists(f"{what}: it exists already", key=key, maybe_ours=False))
@@ -104,7 +108,6 @@ def _refused(status: int, code: str, what: str, said: str, facts: dict[str, Any]
     if code in _CREDENTIALS:
         return Failure(error=StoreRefused(f"{what}: {_CREDENTIALS[code]} ({code})", **facts))
     if code in _REGION or status in {301, 307}:
-        region = headers.get("x-amz-bucket-region")
         hint = f"set region={region} in the URL" if region else f"set the bucket's own region= in the URL ({said})"
         return Failure(error=StoreRefused(f"{what}: the bucket is in another region; {hint}", **facts))
     if status in {401, 403}:

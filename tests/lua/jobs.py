@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dtr.errors import RosterChanged
 from dtr.membership import Identity, join, open_state
 from dtr.runs import Run, new_run_name, read_run
 from dtr.state.job import JobState
@@ -58,17 +59,27 @@ def formed(state: JobState, *workers: str, spare: int = 0) -> tuple[list[Identit
 
 def barrier_call(state: JobState, who: Identity, run: Run, name: str, seq: int, subset: str = "") -> tuple[list[str], list[Any]]:
     """Keys and arguments of barrier_arrive."""
-    k, r = state.keys, state.keys.barrier(name, run.id, seq)
-    rank = run.roster[who.worker_id].rank
-    keys = [k.meta, k.roster, k.run(run.id), k.forming, r.round, r.arrived, r.wake, k.events]
-    return keys, [who.state_id, run.id, who.worker_id, rank, who.incarnation, name, seq, subset]
+    r = state.keys.barrier(name, run.id, seq)
+    place = f"{run.roster[who.worker_id].rank} {who.incarnation}"
+    return [state.keys.roster, r.round, r.arrived, r.wake], [f"{who.state_id} {run.id}", who.worker_id, place, name, seq, subset]
 
 
 def meet(state: JobState, who: Identity, run: Run, name: str = "b", seq: int = 0, subset: str = "") -> list[Any]:
-    """One arrival at a barrier."""
+    """One arrival at a barrier, as dtr.barrier makes it."""
     keys, args = barrier_call(state, who, run, name, seq, subset)
-    answer: list[Any] = state.call("barrier_arrive", keys, args)
+    try:
+        answer: list[Any] = state.call("barrier_arrive", keys, args)
+    except RosterChanged:
+        keys, args = break_call(state, who, run, name, seq, subset)
+        answer = state.call("barrier_break", keys, args)
     return answer
+
+
+def break_call(state: JobState, who: Identity, run: Run, name: str, seq: int, subset: str = "") -> tuple[list[str], list[Any]]:
+    """Keys and arguments of barrier_break."""
+    k, r = state.keys, state.keys.barrier(name, run.id, seq)
+    keys = [k.meta, k.roster, k.run(run.id), r.round, r.arrived, r.wake, k.events]
+    return keys, [who.state_id, run.id, who.worker_id, run.roster[who.worker_id].rank, who.incarnation, subset]
 
 
 def time_out(state: JobState, who: Identity, run: Run, name: str = "b", seq: int = 0, subset: str = "") -> list[Any]:

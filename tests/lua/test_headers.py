@@ -12,12 +12,12 @@ from dtr.state.scripts import Script, catalogue, parse_header
 
 SCRIPTS = list(catalogue())
 WRITE_COMMANDS = {
-    "DEL", "EXPIRE", "HDEL", "HINCRBY", "HSET", "HSETNX", "PEXPIRE", "PEXPIREAT", "RENAME", "RPUSH", "SADD", "SET", "SREM",
-    "UNLINK", "XADD", "XTRIM", "ZADD", "ZREM", "ZREMRANGEBYSCORE",
+    "DEL", "EXPIRE", "HDEL", "HINCRBY", "HSET", "HSETNX", "PERSIST", "PEXPIRE", "PEXPIREAT", "RENAME", "RPUSH", "SADD", "SET",
+    "SREM", "UNLINK", "XADD", "XTRIM", "ZADD", "ZREM", "ZREMRANGEBYSCORE",
 }  # fmt: skip
 READ_COMMANDS = {
-    "EXISTS", "GET", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "SCARD", "SISMEMBER", "SMEMBERS", "TIME", "XREVRANGE",
-    "ZCARD", "ZRANGE", "ZSCORE",
+    "EXISTS", "GET", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "SCARD", "SISMEMBER", "SMEMBERS", "TIME", "TTL",
+    "XREVRANGE", "ZCARD", "ZRANGE", "ZSCORE",
 }  # fmt: skip
 CALL = re.compile(r"redis\.call\('(\w+)'(?:,\s*([\w\[\]]+))?")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from fractions import Fraction
+from functools import cache
 
 import mmh3
 from hypothesis import settings
@@ -17,6 +18,7 @@ from dtr.ring import Ring
 NAMES = st.sampled_from([f"w{n}" for n in range(12)])
 
 
+@cache
 def point(key: str) -> int:
     return mmh3.hash64(key, signed=False)[0] >> 11
 
@@ -39,6 +41,23 @@ def walk(members: set[str], quota: dict[str, int], orphans: list[str]) -> dict[s
                 refused.append(shard)
         waiting = refused
     return given
+
+
+def distance(shard: str, workers: set[str]) -> int:
+    """How far before the next virtual node of one of these workers a shard stands."""
+    nodes = sorted(point(f"{worker}#{n}") for worker in workers for n in range(150))
+    start = point(shard)
+    return (next((node for node in nodes if node >= start), nodes[0]) - start) % 2**53
+
+
+def check_released(before: dict[str, str], after: dict[str, str], members: set[str]) -> None:
+    """Step 2 of the rules: what a worker gave up stood nearer before a node of a worker with room than anything it kept."""
+    held, holds = Counter(before.values()), Counter(after.values())
+    with_room = {worker for worker in members if holds[worker] > held[worker]}
+    for worker in members if with_room else ():
+        given = [distance(shard, with_room) for shard in before if before[shard] == worker != after[shard]]
+        kept = [distance(shard, with_room) for shard in before if before[shard] == worker == after[shard]]
+        assert not given or not kept or max(given) <= min(kept)
 
 
 def fewest_moves(shards: int, before: Counter[str], members: set[str], weights: dict[str, Fraction]) -> int:
@@ -83,6 +102,7 @@ class Job(RuleBasedStateMachine):
         moved = [shard for shard in before if before[shard] != after[shard]]
         exact = {w: Fraction(self.weights.get(w, 1)) for w in self.members}
         assert len(moved) == fewest_moves(self.shards, held, self.members, exact)
+        check_released(before, after, self.members)
         gained = Counter(after[shard] for shard in moved)
         assert {shard: after[shard] for shard in moved} == walk(self.members, {w: gained[w] for w in self.members}, moved)
 

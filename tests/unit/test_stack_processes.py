@@ -46,7 +46,7 @@ def started(tmp_path: Path):
 
 
 def said(log: Path) -> str:
-    return eventually(lambda: log.exists() and log.read_text().strip(), what=f"output in {log}")
+    return eventually(lambda: log.read_text().strip() if log.exists() else "", what=f"output in {log}")
 
 
 def test_a_process_is_itself_and_a_zombie_is_not_alive(started):

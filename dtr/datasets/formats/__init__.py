@@ -18,9 +18,7 @@ _NAMES = ("bin", "jsonl", "npy")
 _OTHER_NAMES = {"json": "jsonl", "ndjson": "jsonl", "jsonlines": "jsonl", "numpy": "npy", "tokens": "bin", "raw": "bin"}
 
 
-def make_format(
-    name: str, *, dtype: Any = None, sample_length: int | None = None, drop_remainder: bool = False
-) -> Format:
+def make_format(name: str, *, dtype: Any = None, sample_length: int | None = None, drop_remainder: bool = False) -> Format:
     """The format of this name with its options.
 
     Raises InvalidInput if there is none (the nearest is named), if an option is missing, or if one does not belong to it.

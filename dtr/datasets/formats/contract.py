@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from io import BufferedReader
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -58,16 +59,16 @@ class Format(Protocol):
     def options(self) -> Mapping[str, str]:
         """What else was given to ``register``, as text, enough to make this format again."""
 
-    def measure(self, file: BinaryIO, shard_size: int) -> Measure:
+    def measure(self, file: BufferedReader, shard_size: int) -> Measure:
         """Count the samples and find where each shard of ``shard_size`` samples begins."""
 
-    def columns(self, file: BinaryIO) -> tuple[str, ...]:
+    def columns(self, file: BufferedReader) -> tuple[str, ...]:
         """The names under which ``read`` returns values."""
 
-    def read(self, file: BinaryIO, span: Span, columns: Sequence[str] | None) -> Columns:
+    def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
         """The values of the span's samples by column, first axis the sample; all columns if None."""
 
-    def iterate(self, file: BinaryIO, span: Span) -> Iterator[Any]:
+    def iterate(self, file: BufferedReader, span: Span) -> Iterator[Any]:
         """The samples of the span, one by one."""
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import numpy as np
 import orjson
@@ -32,7 +33,7 @@ class JsonLines:
     def options(self) -> Mapping[str, str]:
         return {}
 
-    def measure(self, file: BinaryIO, shard_size: int) -> Measure:
+    def measure(self, file: BufferedReader, shard_size: int) -> Measure:
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes == 0:
             return Measure(samples=0)
@@ -44,10 +45,10 @@ class JsonLines:
         begins = np.concatenate([np.zeros(1, dtype=np.int64), *marks])
         return Measure(samples=lines, marks=tuple(begins[begins < size_bytes].tolist()))
 
-    def columns(self, file: BinaryIO) -> tuple[str, ...]:
+    def columns(self, file: BufferedReader) -> tuple[str, ...]:
         return tuple(_whole_line(file, 0, line=1)) if os.fstat(file.fileno()).st_size else ()
 
-    def read(self, file: BinaryIO, span: Span, columns: Sequence[str] | None) -> Columns:
+    def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
         samples = list(self.iterate(file, span))
         chosen = chosen_columns(columns, tuple(samples[0]) if samples else columns or (), file.name)
         found: Columns = {}
@@ -59,7 +60,7 @@ class JsonLines:
                 raise DatasetMismatch(f"{file.name} line {line} has no {column!r}, the lines before it have", file=file.name) from None
         return found
 
-    def iterate(self, file: BinaryIO, span: Span) -> Iterator[Any]:
+    def iterate(self, file: BufferedReader, span: Span) -> Iterator[Any]:
         file.seek(span.first_byte)
         lines = file.read(span.end_byte - span.first_byte).split(b"\n")
         if lines[-1] == b"":
@@ -74,13 +75,13 @@ class JsonLines:
             yield _object(line, file.name, number)
 
 
-def _count(file: BinaryIO, shard_size: int) -> tuple[int, list[NDArray[np.int64]], int]:
+def _count(file: BufferedReader, shard_size: int) -> tuple[int, list[NDArray[np.int64]], int]:
     """(newlines, the bytes after every ``shard_size``-th of them, the last newline's byte)."""
     chunk = np.empty(_CHUNK_BYTES, dtype=np.uint8)
     marks: list[NDArray[np.int64]] = []
     lines, marked, base, previous = 0, 0, 0, -1
     file.seek(0)
-    while size := file.readinto(memoryview(chunk)):  # type: ignore[attr-defined]  # BinaryIO lacks it, every binary file has it
+    while size := file.readinto(chunk.data):
         newlines = np.flatnonzero(chunk[:size] == _NEWLINE) + base
         empty = np.flatnonzero(np.diff(newlines, prepend=previous) == 1)
         if empty.size:
@@ -97,7 +98,7 @@ def _count(file: BinaryIO, shard_size: int) -> tuple[int, list[NDArray[np.int64]
     return lines, marks, previous
 
 
-def _whole_line(file: BinaryIO, offset: int, *, line: int) -> dict[str, Any]:
+def _whole_line(file: BufferedReader, offset: int, *, line: int) -> dict[str, Any]:
     """The object in the line that begins at ``offset``."""
     file.seek(offset)
     text = file.readline(_MAX_LINE_BYTES + 1)

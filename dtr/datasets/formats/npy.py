@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,26 +29,26 @@ class Npy:
     def options(self) -> Mapping[str, str]:
         return {}
 
-    def measure(self, file: BinaryIO, shard_size: int) -> Measure:
+    def measure(self, file: BufferedReader, shard_size: int) -> Measure:
         return Measure(samples=_header(file).shape[0])
 
-    def columns(self, file: BinaryIO) -> tuple[str, ...]:
+    def columns(self, file: BufferedReader) -> tuple[str, ...]:
         return _header(file).dtype.names or (COLUMN,)
 
-    def read(self, file: BinaryIO, span: Span, columns: Sequence[str] | None) -> Columns:
+    def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
         rows = self._rows(file, span)
         chosen = chosen_columns(columns, rows.dtype.names or (COLUMN,), file.name)
         return {column: rows[column] if rows.dtype.names else rows for column in chosen}
 
-    def iterate(self, file: BinaryIO, span: Span) -> Iterator[Any]:
+    def iterate(self, file: BufferedReader, span: Span) -> Iterator[Any]:
         yield from self._rows(file, span)
 
-    def _rows(self, file: BinaryIO, span: Span) -> NDArray[Any]:
+    def _rows(self, file: BufferedReader, span: Span) -> NDArray[Any]:
         header = _header(file)
         return read_rows(file, span, dtype=header.dtype, row_shape=header.shape[1:], offset=header.offset)
 
 
-def _header(file: BinaryIO) -> np.memmap[Any, Any]:
+def _header(file: BufferedReader) -> np.memmap[Any, Any]:
     """The array's dtype, shape and offset; numpy checks that the file holds all of it. Its values are never looked at."""
     try:
         header = np.lib.format.open_memmap(file.name, mode="r")

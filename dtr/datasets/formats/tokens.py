@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ class Tokens:
             "drop_remainder": str(self.drop_remainder).lower(),
         }
 
-    def measure(self, file: BinaryIO, shard_size: int) -> Measure:
+    def measure(self, file: BufferedReader, shard_size: int) -> Measure:
         size_bytes = os.fstat(file.fileno()).st_size
         tokens, torn_bytes = divmod(size_bytes, np.dtype(self.dtype).itemsize)
         if torn_bytes:
@@ -68,24 +69,25 @@ class Tokens:
             )
         return Measure(samples=samples)
 
-    def columns(self, file: BinaryIO) -> tuple[str, ...]:
+    def columns(self, file: BufferedReader) -> tuple[str, ...]:
         return (COLUMN,)
 
-    def read(self, file: BinaryIO, span: Span, columns: Sequence[str] | None) -> Columns:
+    def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
         return {column: self._rows(file, span) for column in chosen_columns(columns, (COLUMN,), file.name)}
 
-    def iterate(self, file: BinaryIO, span: Span) -> Iterator[Any]:
+    def iterate(self, file: BufferedReader, span: Span) -> Iterator[Any]:
         yield from self._rows(file, span)
 
-    def _rows(self, file: BinaryIO, span: Span) -> NDArray[Any]:
+    def _rows(self, file: BufferedReader, span: Span) -> NDArray[Any]:
         return read_rows(file, span, dtype=np.dtype(self.dtype), row_shape=(self.sample_length,), offset=0)
 
 
 def _numeric(dtype: Any) -> np.dtype[Any]:
+    wrong = InvalidInput(f"dtype must be a type of integers or floats such as 'uint16', got {dtype!r}", field="dtype")
     try:
-        found = np.dtype(dtype) if dtype is not None else None
-    except (TypeError, ValueError):
-        found = None
-    if found is None or found.kind not in "iuf":
-        raise InvalidInput(f"dtype must be a type of integers or floats such as 'uint16', got {dtype!r}", field="dtype")
+        found: np.dtype[Any] = np.dtype(dtype)
+    except (TypeError, ValueError) as exc:
+        raise wrong from exc
+    if found.kind not in "iuf":
+        raise wrong
     return found

@@ -9,17 +9,18 @@
 --   1 worker      string  worker_id
 --   2 subset      string  JSON array of the expected workers, sorted; empty for the whole roster
 --   3 timeout_s   string  how long the member waited, for the message
--- RETURNS {state, arrived, expected, wanted}: state is RELEASED
+-- RETURNS {'RELEASED', wanted}
 -- ERRORS BARRIER_BROKEN BARRIER_TIMEOUT BARRIER_UNKNOWN
 -- WRITES round arrived round_wake events
 -- IDEMPOTENT a final round only repeats its verdict
--- INCLUDE event barrier
+-- INCLUDE event barrier_verdict barrier_end
 local run_key, round, arrived, round_wake, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local worker, subset, timeout_s = ARGV[1], ARGV[2], ARGV[3]
 
-local held = redis.call('HMGET', round, 'state', 'expected', 'missing', 'reason', 'wanted', 'arrived')
+local held = redis.call('HMGET', round, 'state', 'expected')
 if not held[1] then return redis.error_reply('BARRIER_UNKNOWN there is no such round: Redis lost it, or it never was') end
-if held[1] == 'RELEASED' then return {'RELEASED', held[6], held[2], held[5]} end
-if held[1] ~= 'OPEN' then return barrier_verdict(held[1], held[4], held[3]) end
-local reason = held[6] .. ' of ' .. held[2] .. ' arrived within the ' .. timeout_s .. ' s of ' .. worker
-return barrier_end('TIMEDOUT', reason, run_key, round, arrived, round_wake, events, subset)
+if held[1] == 'OPEN' then
+  local reason = redis.call('SCARD', arrived) .. ' of ' .. held[2] .. ' arrived within the ' .. timeout_s .. ' s of ' .. worker
+  barrier_end('TIMEDOUT', reason, run_key, round, arrived, round_wake, events, subset)
+end
+return barrier_verdict(round)

@@ -76,7 +76,7 @@ local previous = redis.call('HGETALL', roster)
 local was, missing_previous = {}, 0
 for i = 1, #previous, 2 do
   local rank, inc = string.match(previous[i + 1], '^(%d+) (%S+)$')
-  if alive[previous[i]] == inc then
+  if string.sub(previous[i], 1, 1) ~= ':' and alive[previous[i]] == inc then
     was[previous[i]] = tonumber(rank)
     if not arrived[previous[i]] then missing_previous = missing_previous + 1 end
   end
@@ -90,6 +90,7 @@ if newcomer then
   redis.call('HSET', forming, worker, incarnation .. ' ' .. asked_rank .. ' ' .. host)
   redis.call('HSET', meta, 'forming_at', integer(now), 'forming_world', world)
 end
+if not closes and run ~= '' and not place then redis.call('HSET', roster, ':wanted', 'form') end
 if not closes then return {'wait', count, settle_left} end
 
 -- Seats: members of the previous roster first, then by the rank they ask for, then by name.
@@ -121,6 +122,7 @@ for i = 1, size do
 end
 
 redis.call('DEL', roster)
+redis.call('HSET', roster, ':fence', state_id .. ' ' .. new_run, ':world', size .. ' ' .. max)
 for i = 1, #places, 1000 do
   redis.call('HSET', roster, unpack(places, i, math.min(i + 999, #places)))
   redis.call('HSET', run_key, unpack(record, i, math.min(i + 999, #record)))

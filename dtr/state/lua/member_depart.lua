@@ -15,7 +15,7 @@
 --   4 reason      string  for people: left, signal 9, exit 1, ...
 -- RETURNS 1 if it departed now, 0 if this incarnation was gone already
 -- ERRORS STATE_LOST RECOVERING
--- WRITES meta members fences departed ring wake events
+-- WRITES meta members fences departed roster ring wake events
 -- IDEMPOTENT by the incarnation
 -- INCLUDE now state event depart
 local meta, members, fences, departed, roster, ring = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]

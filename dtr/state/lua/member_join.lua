@@ -20,7 +20,7 @@
 --   8+ points     integer mmh3 points of virtual nodes 0, 1, ...
 -- RETURNS generation
 -- ERRORS STATE_LOST RECOVERING
--- WRITES meta members fences departed ring wake events worker_key
+-- WRITES meta members fences departed roster ring wake events worker_key
 -- IDEMPOTENT by the incarnation: a registration that stands only has its deadline renewed
 -- INCLUDE now integer state event depart
 local meta, members, fences, departed, roster, ring = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -53,6 +53,6 @@ end
 redis.call('ZADD', members, now + ttl_ms, worker)
 redis.call('HSET', meta, 'beat_at', integer(now))
 redis.call('HSET', worker_key, 'incarnation', incarnation, 'host', host, 'pid', pid, 'address', address,
-  'phase', 'joined', 'beat_at', integer(now), 'ttl_ms', ttl_ms)
-redis.call('PEXPIRE', worker_key, ttl_ms)
+  'phase', 'joined', 'beat', 0, 'beat_at', integer(now), 'ttl_ms', ttl_ms)
+redis.call('PEXPIRE', worker_key, ttl_ms * 2)
 return generation

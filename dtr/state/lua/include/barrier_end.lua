@@ -1,9 +1,3 @@
--- barrier_verdict(state, reason, missing): the error of a round that ended without a release.
-local function barrier_verdict(state, reason, missing)
-  local code = state == 'BROKEN' and 'BARRIER_BROKEN ' or 'BARRIER_TIMEOUT '
-  return redis.error_reply(code .. (reason or '') .. ' | ' .. (missing or ''))
-end
-
 -- barrier_end(state, reason, run_key, round, arrived, round_wake, events, subset): make an open round final, for everyone alike.
 -- missing is written as `rank:worker` words, in order of rank.
 local function barrier_end(state, reason, run_key, round, arrived, round_wake, events, subset)
@@ -25,11 +19,10 @@ local function barrier_end(state, reason, run_key, round, arrived, round_wake, e
   local words = {}
   for i, rank in ipairs(order) do words[i] = missing[rank] end
   local text = table.concat(words, ' ')
-  redis.call('HSET', round, 'state', state, 'reason', reason, 'missing', text)
+  redis.call('HSET', round, 'state', state, 'arrived', redis.call('SCARD', arrived), 'reason', reason, 'missing', text)
   redis.call('XADD', round_wake, '*', 'state', state)
   redis.call('EXPIRE', round, 3600)
   redis.call('EXPIRE', arrived, 3600)
   redis.call('EXPIRE', round_wake, 3600)
   emit(events, state == 'BROKEN' and 'barrier_broken' or 'barrier_timeout', 'round', round, 'reason', reason, 'missing', text)
-  return barrier_verdict(state, reason, text)
 end

@@ -1,0 +1,168 @@
+"""What a beat costs the server, and what it costs an agent.
+
+The real beat against a trivial EVALSHA with the same KEYS and ARGV, from redis-benchmark, so that network and parsing cost the same
+and the ratio is the script's own work. Then 1,000 members that beat once a second over connections of their own, with the server's
+CPU from INFO; and the latency that one Python agent sees.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import selectors
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+
+from bench import server
+from bench.report import Report, parser
+from dtr.membership import Identity, beat, join, open_state
+from dtr.state.job import JobState
+from dtr.state.scripts import load
+
+__all__ = ["main"]
+
+TRIVIAL = "return {KEYS[1], ARGV[1]}"
+TTL_MS, INTERVAL_MS = 5_000, 1_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    flags = parser("beat", "What a beat costs the server, and what it costs an agent.")
+    flags.add_argument("--requests", type=int, default=60_000, help="per round of redis-benchmark")
+    flags.add_argument("--rounds", type=int, default=5, help="alternating pairs")
+    flags.add_argument("--members", type=int, default=1_000, help="members that beat once a second")
+    flags.add_argument("--seconds", type=float, default=6.0, help="how long they beat")
+    flags.add_argument("--beats", type=int, default=3_000, help="beats of the one agent")
+    options = flags.parse_args(argv)
+    tool = shutil.which("redis-benchmark") or shutil.which("valkey-benchmark")
+    if tool is None:
+        print("bench.beat needs redis-benchmark on PATH (Debian: apt-get install redis-tools)", file=sys.stderr)
+        return 4
+    with server.running() as url:
+        state = JobState(url, "bench", name="bench")
+        who = _members(state, options.members)
+        ratios, limit, figures = {}, {}, {}
+        for connections in (50, 1_000):
+            pairs = [_pair(tool, url, state, who[0], connections, options.requests) for _ in range(options.rounds)]
+            ratios[f"beat_over_trivial_{connections}"] = statistics.median(real / trivial for real, trivial in pairs)
+            figures[f"beats_per_s_{connections}"] = statistics.median(real for real, _ in pairs)
+            limit[f"trivial_per_s_{connections}"] = statistics.median(trivial for _, trivial in pairs)
+        shares = [_core_share(url, state, who, options.seconds) for _ in range(3)]
+        figures["core_share_1000"] = statistics.median(shares) * 1_000 / options.members
+        latencies = _agent_latencies(state, who[1], options.beats)
+        figures["agent_p50_ms"], figures["agent_p99_ms"] = _percentile(latencies, 50), _percentile(latencies, 99)
+        limit["ping_p50_ms"] = _percentile(_ping_latencies(state, options.beats), 50)
+        state.close()
+    params = {
+        "requests": options.requests, "rounds": options.rounds, "members": options.members, "seconds": options.seconds,
+        "beats": options.beats, "seed": options.seed,
+    }  # fmt: skip
+    Report(name="beat", params=params, figures=figures, limit=limit, ratios=ratios).emit(as_json=options.json)
+    return 0
+
+
+def _members(state: JobState, count: int) -> list[Identity]:
+    state_id = open_state(state)
+    found = []
+    for n in range(max(2, count)):
+        who = Identity(state_id=state_id, worker_id=f"w{n:04d}", incarnation=f"{n:012x}", host="bench", pid=1)
+        join(state, who, ttl_ms=600_000)
+        found.append(who)
+    return found
+
+
+def _call(state: JobState, who: Identity, number: int) -> tuple[list[str], list[Any]]:
+    """KEYS and ARGV of a beat, as dtr.membership.beat sends them."""
+    k = state.keys
+    keys = [k.meta, k.members, k.fences, k.departed, k.roster, k.ring, k.wake, k.events, k.worker(who.worker_id)]
+    return keys, [who.state_id, who.worker_id, who.incarnation, number, 600_000, INTERVAL_MS, 1234]
+
+
+def _pair(tool: str, url: str, state: JobState, who: Identity, connections: int, requests: int) -> tuple[float, float]:
+    """Requests per second of the real and of the trivial script."""
+    keys, args = _call(state, who, 1)
+    sha = state.redis.script_load(TRIVIAL)
+    state.redis.script_load(load("member_beat").text)
+    real = _benchmark(tool, url, connections, requests, load("member_beat").sha, keys, args)
+    trivial = _benchmark(tool, url, connections, requests, sha, keys, args)
+    return real, trivial
+
+
+def _benchmark(tool: str, url: str, connections: int, requests: int, sha: str, keys: list[str], args: list[Any]) -> float:
+    port = str(urlsplit(url).port)
+    command = [tool, "-p", port, "-c", str(connections), "-n", str(requests), "--csv", "EVALSHA", sha, str(len(keys)), *keys]
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, check=True, timeout=600)
+    if "ERR" in done.stderr or "error" in done.stdout.lower():
+        raise RuntimeError(f"redis-benchmark: {done.stdout} {done.stderr}")
+    return float(list(csv.reader(io.StringIO(done.stdout)))[-1][1])
+
+
+def _core_share(url: str, state: JobState, who: Sequence[Identity], seconds: float) -> float:
+    """Share of one core that the server spends on every member beating once a second, each on its own connection."""
+    port = urlsplit(url).port
+    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in who]
+    waiting = selectors.DefaultSelector()
+    for connection in sockets:
+        connection.setblocking(False)
+        waiting.register(connection, selectors.EVENT_READ)
+    packer = redis.Connection()
+    sha = load("member_beat").sha
+    first = int(state.redis.hget(state.keys.worker(who[-1].worker_id), "beat")) + 1
+    before, begin, sent, answered = _cpu_s(state), time.monotonic(), 0, 0
+    end = begin + seconds
+    while (now := time.monotonic()) < end or answered < sent:
+        due = int((min(now, end) - begin) * len(who))
+        for n in range(sent, due):
+            keys, args = _call(state, who[n % len(who)], first + n // len(who))
+            sockets[n % len(who)].sendall(b"".join(packer.pack_command("EVALSHA", sha, len(keys), *keys, *args)))
+        sent = max(sent, due)
+        for key, _ in waiting.select(timeout=0.005):
+            reply = key.fileobj.recv(4096)  # type: ignore[union-attr]
+            if reply.startswith(b"-"):
+                raise RuntimeError(reply.decode())
+            answered += 1
+    spent, passed = _cpu_s(state) - before, time.monotonic() - begin
+    for connection in sockets:
+        connection.close()
+    return spent / passed
+
+
+def _cpu_s(state: JobState) -> float:
+    info = state.redis.info("cpu")
+    return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
+
+
+def _agent_latencies(state: JobState, who: Identity, count: int) -> list[float]:
+    first = int(state.redis.hget(state.keys.worker(who.worker_id), "beat")) + 1
+    found = []
+    for number in range(first, first + count):
+        begin = time.perf_counter()
+        beat(state, who, number=number, ttl_ms=TTL_MS, interval_ms=INTERVAL_MS, step=1234)
+        found.append((time.perf_counter() - begin) * 1000)
+    return found
+
+
+def _ping_latencies(state: JobState, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        state.redis.ping()
+        found.append((time.perf_counter() - begin) * 1000)
+    return found
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Make one staged save known to Redis and to the uploader, and look how its checkpoint is doing. Thin: the publisher says when.
+
+Killed between any two lines, nothing is lost: the slot is complete, and the uploader registers what Redis never heard of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dtr import publish
+from dtr.checkpoint import checksum, parts
+from dtr.checkpoint.handle import SaveHandle
+from dtr.checkpoint.locks import try_lock
+from dtr.checkpoint.parts import Fence, Spec, StagedPart
+from dtr.checkpoint.slots import Found
+from dtr.errors import CheckpointConflict, CheckpointError, RosterChanged, StaleIncarnation, StateLost
+from dtr.failpoints import failpoint
+from dtr.state.client import translate
+from dtr.state.job import JobState
+
+__all__ = ["Save", "Sight", "announce", "look"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Save:
+    """One rank's share in one checkpoint, on its way from the slot to the decision.
+
+    ``part`` and ``slot`` are None for a rank that writes nothing: another one writes the replicated state, or this one failed
+    (``failed`` says why). ``settle`` returns when it is fixed what the run continues. Times are monotonic seconds.
+    """
+
+    handle: SaveHandle
+    spec: Spec
+    fence: Fence
+    state_id: str
+    settle: Callable[[], None]
+    started_s: float
+    part: StagedPart | None = None
+    slot: Found | None = None
+    failed: str = ""
+    counter: str = ""
+    own_checksum: str = ""
+    unseen_since_s: float | None = None
+    due_s: float = 0.0
+    pause_s: float = 0.0
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """A checkpoint as Redis shows it; ``state`` '' if Redis has none. ``checksum`` is of this rank's part, once it is stored."""
+
+    state: str
+    reason: str
+    size_bytes: int
+    checksum: str
+
+
+def announce(state: JobState, save: Save, recover_run: Callable[[], None], broker_url: str) -> None:
+    """Publish one save; returns when Redis knows it.
+
+    Args:
+        state: the job, on a connection of the publisher's own.
+        save: what to publish.
+        recover_run: called when Redis does not know the save's run: tells it from the store.
+        broker_url: where the uploader listens; without it the uploader finds the part by itself, a little later.
+
+    Raises:
+        CheckpointAborted, CheckpointAbandoned, CheckpointConflict: the checkpoint is over, or this step was saved before.
+        Unavailable, Recovering, StateLost: not now.
+    """
+    save.settle()
+    if save.failed:
+        fail(state, save)
+        return
+    failpoint("save.before_begin")
+    placed = _begin(state, save, recover_run)
+    failpoint("save.after_begin")
+    if save.part is None or placed is None:
+        return
+    if placed.save != save.part.save:
+        # This step was saved before with as many bytes: the first save is the part, and this one only has to hold the same.
+        save.own_checksum = save.own_checksum or _checksum_of(save)
+    elif placed.part_state != "done":
+        publish.upload_part(broker_url, host=save.fence.host, job=state.job, run=save.spec.run, step=save.spec.step, rank=save.fence.rank)
+    failpoint("save.after_enqueue")
+
+
+def fail(state: JobState, save: Save) -> None:
+    """Tell the other ranks that this one has no part, so that nobody waits for it."""
+    try:
+        parts.fail(state, save.state_id, save.spec, save.fence, f"rank {save.fence.rank}: {save.failed}")
+    except (StaleIncarnation, StateLost) as exc:
+        log.info("nobody is left to be told that rank %d has no part of step %d: %s", save.fence.rank, save.spec.step, exc)
+
+
+def _begin(state: JobState, save: Save, recover_run: Callable[[], None]) -> parts.Placed | None:
+    try:
+        return parts.begin(state, save.state_id, save.spec, save.fence, save.part)
+    except (RosterChanged, StaleIncarnation, StateLost):
+        if save.part is None:
+            return None  # the writer's uploader registers it, or it is aborted in time
+    # The run ended since the state was staged. A complete part counts all the same, as it does after its trainer's death.
+    try:
+        return parts.register(state, save.spec, save.fence, save.part)
+    except CheckpointError as exc:
+        if exc.facts.get("code") != "RUN_UNKNOWN":
+            raise
+    recover_run()
+    return parts.register(state, save.spec, save.fence, save.part)
+
+
+def _checksum_of(save: Save) -> str:
+    """The checksum of what this save put into its slot, which an uploader may have freed by now but nobody has filled anew."""
+    if save.slot is None or save.part is None:
+        return ""
+    files, size_bytes = save.slot.files, save.part.size_bytes
+    hold = try_lock(files.lock, shared=True)
+    with hold or contextlib.nullcontext():
+        record = files.read() if hold is not None else None
+        if record is None or record.save != save.part.save:
+            raise CheckpointConflict(f"step {save.spec.step} was saved twice, and the second copy was gone before it could be compared")
+        if size_bytes == 0:
+            return checksum.of(b"")
+        descriptor = os.open(files.data, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
+                return checksum.of(view)
+        finally:
+            os.close(descriptor)
+
+
+def look(state: JobState, saves: Sequence[Save]) -> list[Sight]:
+    """How the checkpoints of ``saves`` are doing, in one round trip."""
+    with translate(state.url):
+        pipeline = state.redis.pipeline(transaction=False)
+        for save in saves:
+            run, step = save.spec.run, save.spec.step
+            pipeline.hmget(state.keys.ckpt(run, step), ["state", "reason", "size_bytes"])
+            rank = save.spec.writer if save.spec.replicated else save.fence.rank
+            pipeline.hget(state.keys.parts(run, step), f"{rank}/checksum")
+        replies = pipeline.execute()
+    return [
+        Sight(state=found or "", reason=reason or "", size_bytes=int(size or 0), checksum=part or "")
+        for (found, reason, size), part in zip(replies[::2], replies[1::2], strict=True)
+    ]

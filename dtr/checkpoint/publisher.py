@@ -1,0 +1,277 @@
+"""The background of ``save_async``: publishes staged saves, and resolves their handles when the checkpoints are decided.
+
+One thread of a manager, started by a save and gone when there was nothing to do for a while. The trainer never waits for it: while
+Redis is away saves are spooled (their bytes are in slots anyway) and published in order when it is back. It looks at growing intervals
+instead of blocking in Redis, so that the same thread publishes a new save at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from dtr import counters
+from dtr.checkpoint.announce import Save, Sight, announce, look
+from dtr.checkpoint.handle import Commit
+from dtr.checkpoint.slots import finish
+from dtr.clock import SYSTEM, Clock
+from dtr.errors import (
+    CheckpointAbandoned,
+    CheckpointAborted,
+    CheckpointConflict,
+    CheckpointError,
+    DtrError,
+    InvalidInput,
+    Recovering,
+    StateLost,
+    Unavailable,
+    UnsavedLineage,
+)
+from dtr.session import Session
+from dtr.state.job import JobState
+
+__all__ = ["Publisher", "error_of"]
+
+log = logging.getLogger(__name__)
+
+FIRST_LOOK_S: Final = 0.02
+LONGEST_LOOK_S: Final = 1.0
+LONGEST_RETRY_S: Final = 5.0
+IDLE_S: Final = 10.0
+FORGOTTEN_S: Final = 2.0  # Redis has shown no trace of a checkpoint for this long: it lost it, or nobody began it
+WRITER_S: Final = 30.0  # a rank that has no part gives the writer this long after the end of the run
+
+_FOR_GOOD: Final = (CheckpointAborted, CheckpointAbandoned, CheckpointConflict, UnsavedLineage, InvalidInput)
+_STATES: Final = {CheckpointAborted: "ABORTED", CheckpointAbandoned: "ABANDONED", CheckpointConflict: "CONFLICT"}
+
+
+def error_of(save: Save, sight: Sight) -> CheckpointError | None:
+    """Why the checkpoint that ``sight`` shows is none that this save became part of; None if it is one, or undecided."""
+    where = f"run {save.spec.run} step {save.spec.step}"
+    facts = {"run": save.spec.run, "step": save.spec.step, "reason": sight.reason}
+    if save.own_checksum and sight.checksum and save.own_checksum != sight.checksum:
+        return CheckpointConflict(
+            f"{where} was saved before with other bytes (checksum {sight.checksum}, now {save.own_checksum}); the first save stands",
+            **facts,
+        )
+    if sight.state == "ABORTED":
+        return CheckpointAborted(f"{where} was aborted: {sight.reason or 'no reason is known'}", **facts)
+    if sight.state == "ABANDONED":
+        return CheckpointAbandoned(f"{where} is off the lineage: {sight.reason}", **facts)
+    return None
+
+
+class Publisher:
+    """See the module.
+
+    Args:
+        session: whose counters count what is skipped.
+        recover_run: called with a save whose run Redis does not know.
+        recover_checkpoint: called with a save whose checkpoint Redis does not know; True if the store had its decision.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        recover_run: Callable[[JobState, Save], None],
+        recover_checkpoint: Callable[[JobState, Save], bool],
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self._session, self._clock = session, clock
+        self._recover_run, self._recover_checkpoint = recover_run, recover_checkpoint
+        self._news = threading.Condition()
+        self._inbox: list[Save] = []  # to be published, oldest first
+        self._watched: list[Save] = []  # published, undecided
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    # --- the trainer's side -----------------------------------------------------------------------------------------
+
+    def submit(self, save: Save) -> None:
+        """Take over a save; costs microseconds."""
+        with self._news:
+            if self._closing:
+                self._close_handle(save)
+                return
+            self._inbox.append(save)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="dtr-publish", daemon=True)
+                self._thread.start()
+            self._news.notify()
+
+    def close(self, timeout_s: float) -> None:
+        """Publish what is staged, for ``timeout_s`` at most, and end. Undecided handles say so; the uploader goes on without them."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+            thread = self._thread
+            if thread is not None:
+                self._news.wait_for(lambda: not self._inbox or self._thread is None, timeout=max(0.0, timeout_s))
+            left, self._inbox, self._watched = self._inbox + self._watched, [], []
+            self._news.notify()
+        for save in left:
+            self._close_handle(save)
+
+    def _close_handle(self, save: Save) -> None:
+        save.handle.fail(
+            "CLOSED",
+            CheckpointError(
+                f"run {save.spec.run} step {save.spec.step} was not decided when its manager was closed; it is staged, and the uploader "
+                "goes on: see `dtr ckpt ls`",
+                run=save.spec.run, step=save.spec.step,
+            ),
+        )  # fmt: skip
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        settings = self._session.settings
+        state = JobState(settings.redis_url, settings.job, name="dtr-save")
+        try:
+            while self._wait_for_work():
+                self._publish_due(state)
+                self._look_due(state)
+        finally:
+            state.close()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until something is due; False, and the thread is over, when nothing was for a while or the manager is closed."""
+        with self._news:
+            self._news.notify_all()
+            while True:
+                due_s = min((save.due_s for save in self._inbox + self._watched), default=None)
+                if due_s is None:
+                    if self._closing or not self._news.wait(IDLE_S) and not self._inbox:
+                        self._thread = None
+                        return False
+                    continue
+                left_s = due_s - self._clock.monotonic()
+                if left_s <= 0:
+                    return True
+                self._news.wait(left_s)
+
+    def _publish_due(self, state: JobState) -> None:
+        now_s = self._clock.monotonic()
+        with self._news:
+            due = [save for save in self._inbox if save.due_s <= now_s]
+        for save in due:
+            try:
+                announce(state, save, partial(self._recover_run, state, save), self._session.settings.broker)
+            except _FOR_GOOD as exc:
+                self._end(save, exc)
+            except Exception as exc:  # an unforeseen error must not end the saves of a long training
+                self._put_off(save, exc)
+                if isinstance(exc, (Unavailable, Recovering, StateLost)):
+                    return  # the others would only wait for the same
+            else:
+                self._published(save)
+
+    def _published(self, save: Save) -> None:
+        if save.trouble:
+            log.warning("run %s step %d is published after all", save.spec.run, save.spec.step)
+        save.trouble, save.pause_s = "", FIRST_LOOK_S
+        save.due_s = self._clock.monotonic() + save.pause_s
+        if save.counter:
+            self._count(save.counter)
+        with self._news:
+            if save in self._inbox:
+                self._inbox.remove(save)
+                if not save.handle.durable.done():
+                    save.handle.state = "WRITING"
+                    self._watched.append(save)
+
+    def _put_off(self, save: Save, exc: Exception) -> None:
+        trouble = f"{type(exc).__name__}: {exc}"
+        if trouble != save.trouble:
+            known = isinstance(exc, DtrError)
+            log.warning("run %s step %d stays staged: %s", save.spec.run, save.spec.step, trouble, exc_info=None if known else exc)
+        save.trouble = trouble
+        save.pause_s = min(LONGEST_RETRY_S, max(0.05, save.pause_s * 2))
+        save.due_s = self._clock.monotonic() + save.pause_s * random.uniform(0.5, 1.0)
+
+    def _look_due(self, state: JobState) -> None:
+        now_s = self._clock.monotonic()
+        with self._news:
+            watched = list(self._watched)
+        if not any(save.due_s <= now_s for save in watched):
+            return
+        try:
+            sights = look(state, watched)
+        except Exception as exc:
+            for save in watched:
+                self._put_off(save, exc)
+            return
+        for save, sight in zip(watched, sights, strict=True):
+            self._judge(state, save, sight, now_s)
+
+    def _judge(self, state: JobState, save: Save, sight: Sight, now_s: float) -> None:
+        error = error_of(save, sight)
+        if error is not None:
+            self._end(save, error)
+        elif sight.state == "COMMITTED":
+            self._drop(save, "COMMITTED", "")
+            seconds = self._clock.monotonic() - save.started_s
+            save.handle.commit(Commit(run=save.spec.run, step=save.spec.step, size_bytes=sight.size_bytes, seconds=seconds))
+        elif sight.state:
+            save.handle.state, save.unseen_since_s = sight.state, None
+            self._look_later(save, now_s)
+        else:
+            self._unseen(state, save, now_s)
+
+    def _look_later(self, save: Save, now_s: float) -> None:
+        save.pause_s = min(LONGEST_LOOK_S, max(FIRST_LOOK_S, save.pause_s * 1.5))
+        save.due_s = now_s + save.pause_s
+
+    def _unseen(self, state: JobState, save: Save, now_s: float) -> None:
+        """Redis has no such checkpoint: it was emptied, or the run ended before the writer began it. The store knows what was decided."""
+        self._look_later(save, now_s)
+        if save.unseen_since_s is None:
+            save.unseen_since_s = now_s
+        unseen_s = now_s - save.unseen_since_s
+        if unseen_s < FORGOTTEN_S:
+            return
+        try:
+            if self._recover_checkpoint(state, save):
+                save.unseen_since_s = None
+                return
+            if save.part is None and unseen_s > WRITER_S:
+                save.failed = f"the run ended, and the writer, rank {save.spec.writer}, has not been heard of for {WRITER_S:g} s"
+            if save.part is not None or save.failed:
+                with self._news:
+                    if save in self._watched:
+                        self._watched.remove(save)
+                        self._inbox.append(save)
+                        save.unseen_since_s = None
+        except Exception as exc:
+            self._put_off(save, exc)
+
+    def _end(self, save: Save, exc: Exception) -> None:
+        log.warning("%s", exc)
+        self._drop(save, "ABORTED", str(exc))
+        if save.counter:
+            self._count(save.counter)
+        state = next((word for kind, word in _STATES.items() if isinstance(exc, kind)), "FAILED")
+        save.handle.fail(state, exc)
+
+    def _drop(self, save: Save, outcome: str, reason: str) -> None:
+        """Nothing is left to do for this save: free its slot (what fails here, the uploader does at its next look)."""
+        with self._news:
+            for saves in (self._inbox, self._watched):
+                if save in saves:
+                    saves.remove(save)
+        if save.slot is not None:
+            try:
+                finish(save.slot, outcome, reason)
+            except OSError as exc:
+                log.warning("slot %s is not free yet: %s", save.slot.files.data, exc)
+
+    def _count(self, counter: str) -> None:
+        try:
+            counters.add(self._session, counter)
+        except DtrError as exc:
+            log.info("%s was not counted: %s", counter, exc)

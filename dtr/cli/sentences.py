@@ -1,0 +1,66 @@
+"""An event as a line for a person. Pure; an event of an unknown kind shows its fields."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from dtr.views.events import Event
+from dtr.views.words import size
+
+__all__ = ["moment", "sentence", "style"]
+
+_RED: Final = frozenset({"run_ended", "barrier_broken", "barrier_timeout", "ckpt_aborting", "ckpt_aborted", "quarantined"})
+_YELLOW: Final = frozenset({"departed", "ckpt_abandoned", "state_created"})
+_GREEN: Final = frozenset({"run_formed", "ckpt_committed", "state_ready"})
+
+
+def moment(at_ms: int) -> str:
+    """Local time of this machine, to the second: ``11-23 03:07:12``."""
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(at_ms / 1000))
+
+
+def style(event: Event) -> str:
+    """The colour of its name."""
+    if event.event in _RED:
+        return "red"
+    return "yellow" if event.event in _YELLOW else "green" if event.event in _GREEN else ""
+
+
+def sentence(event: Event) -> str:
+    """What happened, without its time and kind."""
+    write = _SENTENCES.get(event.event)
+    try:
+        text = write(event.fields) if write is not None else ""
+    except KeyError:
+        text = ""  # another version of dtr wrote it with other fields
+    return text or " ".join(f"{name}={value}" for name, value in event.fields.items())
+
+
+def _round(fields: Mapping[str, str]) -> str:
+    name, run, number = fields["round"].rsplit(":", 3)[-3:]
+    who = ", ".join(f"{worker} (rank {rank})" for rank, _, worker in (word.partition(":") for word in fields["missing"].split()))
+    return f"{name} round {number} of run {run}: {fields['reason']}; missing: {who or 'nobody'}"
+
+
+def _ckpt(fields: Mapping[str, str]) -> str:
+    amount, reason = fields.get("size_bytes", ""), fields.get("reason", "")
+    shown = f", {size(int(amount))}" if amount.isdigit() and int(amount) else ""
+    return f"{fields['run']}/{fields['step']}{shown}" + (f": {reason}" if reason else "")
+
+
+_SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
+    "joined": lambda f: f"{f['worker']} on {f['host']}, process {f['pid']}, generation {f['generation']}",
+    "departed": lambda f: f"{f['worker']}: {f['reason']}",
+    "run_formed": lambda f: f"{f['run']} with {f['world_size']} ranks" + (f" after {f['previous']}" if f.get("previous") else ""),
+    "run_ended": lambda f: f"{f['run']}: rank {f['rank']} ({f['worker']}) departed: {f['reason']}",
+    "barrier_broken": _round,
+    "barrier_timeout": _round,
+    "ckpt_begun": _ckpt,
+    "ckpt_sealed": _ckpt,
+    "ckpt_committed": _ckpt,
+    "ckpt_aborting": _ckpt,
+    "ckpt_aborted": _ckpt,
+    "ckpt_abandoned": _ckpt,
+}

@@ -1,0 +1,51 @@
+-- The holder of a claim records that its part is in the store. The first facts of a rank win; the part that completes the set seals the
+-- checkpoint, and from then on its facts never change.
+-- KEYS
+--   1 meta       hash    the job's state
+--   2 ckpt       hash    the checkpoint
+--   3 parts      hash    its parts
+--   4 events     stream  for people and handles
+-- ARGV
+--   1 run        string  of the checkpoint
+--   2 step       integer of the checkpoint
+--   3 rank       integer of the part
+--   4 nonce      string  of the claim
+--   5 object     string  key in the store
+--   6 size_bytes integer of the object
+--   7 checksum   string  of the object
+-- RETURNS {state}: of the checkpoint, with this object among its parts; {'LOST', why}: another object is, or the claim does not stand
+-- ERRORS STATE_LOST RECOVERING CKPT_CONFLICT
+-- WRITES ckpt parts events
+-- IDEMPOTENT by comparison: the same facts again change nothing
+-- INCLUDE now integer state event
+local meta, ckpt, parts, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local run, step, rank, nonce, object, size_bytes, checksum = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+
+local known = redis.call('HMGET', meta, 'state_id', 'phase')
+local lost = state_error(known[1], known[2], known[1])
+if lost then return lost end
+local held = redis.call('HMGET', ckpt, 'state', 'reason', 'done', 'expected')
+local part = redis.call('HMGET', parts, rank .. '/state', rank .. '/nonce', rank .. '/object', rank .. '/checksum', rank .. '/size_bytes')
+if part[1] == 'done' then
+  if part[3] == object and part[4] == checksum and part[5] == size_bytes then return {held[1]} end
+  if part[4] ~= checksum then
+    return redis.error_reply('CKPT_CONFLICT rank ' .. rank .. ' has checksum ' .. part[4] .. ' in this checkpoint, this upload has ' .. checksum)
+  end
+  return {'LOST', 'another upload of this part was first'}
+end
+if held[1] ~= 'WRITING' then return {'LOST', 'the checkpoint is ' .. (held[1] or 'unknown') .. ': ' .. (held[2] or '')} end
+if part[2] ~= nonce then return {'LOST', 'another uploader has claimed this part since'} end
+if part[5] ~= size_bytes then
+  return redis.error_reply('CKPT_CONFLICT rank ' .. rank .. ' staged ' .. part[5] .. ' bytes, this upload has ' .. size_bytes)
+end
+
+redis.call('HSET', parts, rank .. '/state', 'done', rank .. '/object', object, rank .. '/checksum', checksum, rank .. '/uploader', '',
+  rank .. '/lease_until', 0, rank .. '/progress_bytes', size_bytes, rank .. '/error', '')
+local done = tonumber(held[3]) + 1
+if done < tonumber(held[4]) then
+  redis.call('HSET', ckpt, 'done', done)
+  return {'WRITING'}
+end
+redis.call('HSET', ckpt, 'done', done, 'state', 'SEALED', 'sealed_at', integer(now_ms()))
+emit(events, 'ckpt_sealed', 'run', run, 'step', step)
+return {'SEALED'}

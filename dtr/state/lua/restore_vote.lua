@@ -1,0 +1,46 @@
+-- One rank says whether it has read and verified its part of the chosen checkpoint. The first no drops the choice, with its reason, and
+-- the next is chosen; when all said yes the ranks have agreed. Asking again with the same vote is how a rank waits.
+-- KEYS
+--   1 meta        hash    the job's state
+--   2 roster      hash    of the current run
+--   3 run_key     hash    the run
+--   4 restore     hash    the run's collective restore
+--   5 wake        stream  interrupts waits
+-- ARGV
+--   1 state_id    string  that the member joined
+--   2 run         string  the run
+--   3 worker      string  worker_id
+--   4 rank        integer of the member
+--   5 incarnation string  of the member
+--   6 attempt     integer of this restore in the run
+--   7 choice      string  RUN/STEP that the vote is about
+--   8 no          string  why it cannot be restored; empty: it was read and verified
+-- RETURNS {state, choice, base_state, reasons}, as restore_offer does
+-- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED CKPT_STATE
+-- WRITES restore wake
+-- IDEMPOTENT by the rank and the choice; a vote about an earlier choice changes nothing
+-- INCLUDE state fence restore
+local meta, roster, run_key, restore, wake = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local state_id, run, worker, rank, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local attempt, choice, no = tonumber(ARGV[6]), ARGV[7], ARGV[8]
+
+local known = redis.call('HMGET', meta, 'state_id', 'phase', 'run')
+local lost = state_error(known[1], known[2], state_id)
+if lost then return lost end
+local refused = fence_error(known[3], run, redis.call('HGET', roster, worker), rank, incarnation, meta)
+if refused then return refused end
+local held = redis.call('HMGET', restore, 'attempt', 'state', 'choice', 'vote:' .. rank)
+if not held[1] then return redis.error_reply('CKPT_STATE run ' .. run .. ' has no restore under way: Redis lost it') end
+if tonumber(held[1]) ~= attempt or held[2] ~= 'VOTING' or held[3] ~= choice then return restore_answer(restore, run_key, attempt) end
+
+if no ~= '' then
+  restore_drop(restore, choice, 'rank ' .. rank .. ' (' .. worker .. '): ' .. no)
+  restore_settle(restore, wake, attempt, run)
+elseif held[4] ~= choice then
+  redis.call('HSET', restore, 'vote:' .. rank, choice)
+  if redis.call('HINCRBY', restore, 'votes', 1) == tonumber(redis.call('HGET', run_key, 'world_size')) then
+    redis.call('HSET', restore, 'state', 'AGREED')
+    redis.call('XADD', wake, 'MAXLEN', '~', 1000, '*', 'news', 'restore', 'run', run)
+  end
+end
+return restore_answer(restore, run_key, attempt)

@@ -1,0 +1,175 @@
+"""Requests to S3 through boto3: made lazily and once per process, sent with explicit timeouts, retried by rules of our own.
+
+boto3's retries are off. It would send a conditional write again whose answer was lost, and the second would meet the first's object:
+a win reported as a loss. Here a write that may have had its effect is not sent again unless that is harmless, and each retry is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+from typing import Any, Final
+
+from dtr.clock import Clock
+from dtr.errors import AlreadyExists, ConfigError
+from dtr.store.s3_errors import Failure, translate
+from dtr.store.s3_location import S3Location
+
+__all__ = ["Body", "Requests"]
+
+_log = logging.getLogger(__name__)
+_ATTEMPTS: Final = 5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+_CONNECT_TIMEOUT_S: Final = 5
+_READ_TIMEOUT_S: Final = 30  # without a single byte, either way
+_CHUNK_BYTES: Final = 1 << 20
+
+
+class Body:
+    """Memory as the file that boto3 wants, in chunks of 1 MiB whatever is asked for (http.client asks for 16 KiB: 64 times the calls)."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content, self._at = content, 0
+
+    def read(self, size: int = -1) -> bytes | memoryview:
+        start = self._at
+        self._at = len(self._content) if size < 0 else min(len(self._content), start + max(size, _CHUNK_BYTES))
+        return self._content[start : self._at]
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, len(self._content))[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class Requests:
+    """Sends requests for one store and its children; what was found out about the service is theirs in common.
+
+    ``probed``: it honours put-if-absent; ``reached``: it answered once, so the bucket is there.
+    """
+
+    def __init__(self, base: S3Location, *, clock: Clock) -> None:
+        self.base = base
+        self.probed = False
+        self.reached = False
+        self._checksums = base.checksum == "crc64nvme"
+        self._clock = clock
+        self._made: tuple[int, Any] | None = None
+
+    @property
+    def checksums(self) -> bool:
+        """Whether payloads carry a CRC64NVME; without, they are signed where the connection is not encrypted."""
+        return self._checksums
+
+    @checksums.setter
+    def checksums(self, on: bool) -> None:
+        self._checksums = on
+        self.close()
+
+    def close(self) -> None:
+        made, self._made = self._made, None
+        if made and made[0] == os.getpid():
+            made[1].close()
+
+    def send(
+        self,
+        operation: str,
+        at: S3Location,
+        key: str,
+        *,
+        conditional: bool = False,
+        content: memoryview | None = None,
+        read: bool = False,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Send one request, again where that helps, and return the answer; ``read`` adds the object's bytes as ``Content``.
+
+        ``conditional``: not to be sent again once it may have had its effect.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                answer = self._once(operation, at, key, content=content, read=read, options=options)
+            except ConfigError:
+                raise
+            except Exception as exc:
+                failure = self._failure(exc, operation, key, at)
+                if isinstance(failure.error, AlreadyExists):
+                    failure.error.facts["maybe_ours"] = attempt > 1
+                if not failure.retry or attempt == _ATTEMPTS or (conditional and failure.unknown):
+                    raise failure.error from exc
+                self._pause(attempt, failure)
+            else:
+                self.reached = True
+                return answer
+        raise AssertionError("the last attempt returns or raises")
+
+    def _once(
+        self, operation: str, at: S3Location, key: str, *, content: memoryview | None, read: bool, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        call = getattr(self._client(), re.sub(r"(?<=[a-z])([A-Z])", r"_\1", operation).lower())
+        if key:
+            options = {**options, "Key": at.key(key)}
+        if content is not None:
+            options = {**options, "Body": Body(content)}
+        answer: dict[str, Any] = call(Bucket=at.bucket, **options)
+        if read:
+            body = answer.pop("Body")
+            try:
+                answer["Content"] = body.read()  # checks the length that the header declared
+            finally:
+                body.close()
+        return answer
+
+    @staticmethod
+    def _failure(exc: Exception, operation: str, key: str, at: S3Location) -> Failure:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if not isinstance(exc, BotoCoreError | ClientError):
+            raise exc
+        return translate(exc, operation=operation, key=key, url=at.url)
+
+    def _pause(self, attempt: int, failure: Failure) -> None:
+        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
+        pause_s = random.uniform(longest_s / 2, longest_s)
+        _log.warning("attempt %d of %d failed, again in %.1f s: %s", attempt, _ATTEMPTS, pause_s, failure.error)
+        self._clock.sleep(pause_s)
+
+    def _client(self) -> Any:
+        """This process's client; one that was made before a fork is left to the parent."""
+        made = self._made
+        if made is None or made[0] != os.getpid():
+            made = self._made = (os.getpid(), self._connect())
+        return made[1]
+
+    def _connect(self) -> Any:
+        import boto3.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        plain = (self.base.endpoint or "").startswith("http://")
+        config = Config(
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=_READ_TIMEOUT_S,
+            max_pool_connections=16,
+            tcp_keepalive=True,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path" if self.base.endpoint else "auto", "payload_signing_enabled": plain and not self.checksums},
+        )
+        try:
+            session = boto3.session.Session()  # the default one is not made for threads
+            region = self.base.region or session.region_name or "us-east-1"
+            return session.client("s3", endpoint_url=self.base.endpoint, region_name=region, config=config)
+        except (BotoCoreError, ValueError) as exc:
+            raise ConfigError(f"store {self.base.url}: {exc}", field="store") from exc

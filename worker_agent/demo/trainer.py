@@ -1,0 +1,209 @@
+"""One trainer of the demo, as the launcher starts it: ``python -m worker_agent.demo.trainer PLAN``.
+
+It trains the model of :mod:`worker_agent.demo.model` together with the other ranks, saves while it trains, and when the run ends
+under it, because a member departed or a newcomer waits, it forms the next one, restores, and goes on. It notes what happens in files
+that the director reads.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Self
+
+from concurrent.futures import Future
+
+from dtr.checkpoint.handle import Commit, SaveHandle
+from dtr.config import LauncherEnvironment
+from dtr.errors import BarrierBroken, CheckpointError, RosterChanged
+from worker_agent import Agent
+from worker_agent.demo.feed import Feed, read_samples
+from worker_agent.demo.gradients import SharedGradients
+from worker_agent.demo.model import Adam, ByteModel, Shape, digest, load, state_of
+from worker_agent.demo.records import Committed, Finished, Formed, Halted, Notebook, Restored, Saved, Started, Stepped
+
+__all__ = ["DATASET", "Plan", "main"]
+
+DATASET: Final = "stdlib"
+_COMMIT_WITHIN_S: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do: written by the director as JSON, and the only argument of a trainer.
+
+    Args:
+        corpus: folder of the data.
+        notes: folder for what happens.
+        memory: folder for the gradients, in shared memory if possible.
+        steps: how many there are to do.
+        save_every: steps from one save to the next; the last step is saved in any case.
+        batch: samples that each rank takes for a step.
+        shard_size: samples in a shard.
+        rejoin_after_s: how long a restarted trainer takes to come back, as a new machine would.
+        seed: of the weights and the order of the data.
+        shape: of the model.
+    """
+
+    corpus: str
+    notes: str
+    memory: str
+    steps: int
+    save_every: int
+    batch: int = 64
+    shard_size: int = 1024
+    rejoin_after_s: float = 0.0
+    seed: int = 7
+    shape: Shape = field(default_factory=Shape)
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What `encode` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        table = json.loads(text)
+        return cls(**{**table, "shape": Shape(**table["shape"])})
+
+
+class Trainer:
+    """The trainer: its model, its optimizer, and the saves that are under way.
+
+    Args:
+        plan: what to do.
+        agent: started.
+        notebook: where to write what happens.
+    """
+
+    def __init__(self, plan: Plan, agent: Agent, notebook: Notebook) -> None:
+        self._plan, self._agent, self._notebook = plan, agent, notebook
+        self._model = ByteModel(plan.shape, plan.seed)
+        self._optimizer = Adam(plan.shape.parameters)
+        self._last_save: SaveHandle | None = None
+
+    def train(self) -> None:
+        """Do all steps, in as many runs as it takes."""
+        while True:
+            try:
+                self._train_in_run()
+                return
+            except (BarrierBroken, RosterChanged) as change:
+                self._note_halt(change)
+                self._agent.form()
+
+    def _train_in_run(self) -> None:
+        plan, agent = self._plan, self._agent
+        feed = self._feed()
+        self._restore()
+        width = plan.shape.parameters + 1  # the loss is averaged along with the gradient
+        with SharedGradients(Path(plan.memory), run=agent.run, rank=agent.rank, world_size=agent.world_size, width=width) as shared:
+            for step in range(agent.current_step + 1, plan.steps):
+                self._step(step, feed, shared)
+        self._finish()
+
+    def _feed(self) -> Feed:
+        """Register the data and read what this rank gets of it."""
+        plan, agent = self._plan, self._agent
+        agent.datasets.register(
+            DATASET, path=plan.corpus, format="bin", dtype="uint8", sample_length=plan.shape.sample_bytes, shard_size=plan.shard_size
+        )
+        shards = agent.datasets.get_shard(DATASET)
+        numbers = tuple(sorted(shard.index for shard in shards))
+        self._notebook.write(Formed(run=agent.run, rank=agent.rank, world_size=agent.world_size, shards=numbers))
+        return Feed(read_samples(shards), batch=plan.batch, seed=plan.seed)
+
+    def _restore(self) -> None:
+        """Take over the newest commit, or begin anew if there is none yet."""
+        agent = self._agent
+        began = time.monotonic()
+        found = agent.restore(fresh=True)
+        if found is None:
+            self._model, self._optimizer = ByteModel(self._plan.shape, self._plan.seed), Adam(self._plan.shape.parameters)
+            step, from_run, found_digest = -1, "", ""
+        else:
+            load(found.state, self._model, self._optimizer)
+            step, from_run, found_digest = found.step, found.run, digest(found.state)
+        seconds = time.monotonic() - began
+        self._notebook.write(
+            Restored(run=agent.run, rank=agent.rank, from_run=from_run, step=step, digest=found_digest, seconds=seconds)
+        )
+
+    def _step(self, step: int, feed: Feed, shared: SharedGradients) -> None:
+        agent, plan = self._agent, self._plan
+        shared.own[-1] = self._model.gradient(feed.of_step(step), out=shared.own[:-1])
+        mean = shared.average(agent.barrier)
+        loss = float(mean[-1])
+        self._optimizer.update(self._model.flat, mean[:-1])
+        agent.step(step=step, loss=loss)
+        self._notebook.write(Stepped(run=agent.run, step=step, loss=loss))
+        if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        agent = self._agent
+        state = state_of(self._model, self._optimizer)
+        state_digest = digest(state)
+        began = time.monotonic()
+        handle = agent.save_async(state, step, replicated=True)
+        stall_s = time.monotonic() - began
+        handle.durable.add_done_callback(partial(self._note_commit, handle))
+        self._last_save = handle
+        size_bytes = 3 * self._model.flat.nbytes  # the weights and the optimizer's two moments
+        self._notebook.write(
+            Saved(run=agent.run, rank=agent.rank, step=step, digest=state_digest, stall_s=stall_s, size_bytes=size_bytes)
+        )
+
+    def _note_commit(self, handle: SaveHandle, durable: Future[Commit]) -> None:
+        if durable.exception() is not None:
+            return  # abandoned with its run, or the manager was closed
+        found = durable.result()
+        self._notebook.write(Committed(run=handle.run, step=handle.step, size_bytes=found.size_bytes, seconds=found.seconds))
+
+    def _note_halt(self, change: BarrierBroken | RosterChanged) -> None:
+        agent, facts = self._agent, change.facts
+        reason = str(facts.get("reason") or change.message)
+        culprit = facts.get("worker") or next((worker for worker in agent.session.run.roster if f"({worker})" in reason), "")
+        self._notebook.write(
+            Halted(
+                run=agent.run,
+                rank=agent.rank,
+                step=agent.current_step,
+                error=type(change).__name__,
+                barrier=str(facts.get("barrier", "")),
+                missing=tuple(member.worker for member in facts.get("missing", ())),
+                culprit=str(culprit),
+                reason=reason,
+            )
+        )
+
+    def _finish(self) -> None:
+        """Wait until the last save is durable and everybody is here, so that nobody leaves a run that others still need."""
+        if self._last_save is not None:
+            try:
+                self._last_save.durable.result(timeout=_COMMIT_WITHIN_S)
+            except CheckpointError as exc:
+                print(f"the last save, step {self._last_save.step} of run {self._last_save.run}: {exc}", file=sys.stderr)
+        self._agent.barrier("finished")
+        self._notebook.write(Finished(step=self._agent.current_step))
+
+
+def main(argv: list[str]) -> int:
+    """Train; returns 0 when every step is done."""
+    plan = Plan.parse(argv[0])
+    launcher = LauncherEnvironment.load()
+    agent: Any = Agent.from_env()
+    notebook = Notebook(Path(plan.notes), agent.worker_id)
+    notebook.write(Started(restarts=launcher.restarts))
+    if launcher.restarts:
+        time.sleep(plan.rejoin_after_s)
+    with agent:
+        Trainer(plan, agent, notebook).train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

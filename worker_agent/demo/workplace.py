@@ -1,0 +1,179 @@
+"""The demo's folders and the environment of its processes: nothing of the user's own dtr is read or written.
+
+Guarantee: what a demo starts can be told apart from everything else on the machine, by DTR_HOME in its environment, so that nothing
+of it is left behind and nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dtr.config import Settings
+from dtr.errors import ConfigError, Unavailable
+from dtr.stack import processes
+from dtr.stack.processes import ProcessId
+
+__all__ = ["Workplace", "clean_environment", "free_port", "memory_base"]
+
+SHARED_MEMORY: Final = Path("/dev/shm")
+_PREFIX: Final = "dtr-demo-"
+_LAUNCHER_VARIABLES: Final = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
+_ONE_THREAD: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def clean_environment(environ: Mapping[str, str], *, import_from: Path, installed: frozenset[Path]) -> dict[str, str]:
+    """The environment without anything that would set up another dtr; a trainer gets one thread, since there are several of them.
+
+    Args:
+        environ: what this process was started with.
+        import_from: the folder that holds the package, for children that run in another one.
+        installed: folders in which Python looks anyway; to name one of them in PYTHONPATH could hide the standard library's modules.
+    """
+    env = {name: value for name, value in environ.items() if not name.startswith("DTR_") and name not in _LAUNCHER_VARIABLES}
+    env.update(dict.fromkeys(_ONE_THREAD, "1"))
+    if import_from not in installed:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(import_from), environ.get("PYTHONPATH", "")]))
+    return env
+
+
+def installed_packages() -> frozenset[Path]:
+    """Where this Python has its installed packages."""
+    return frozenset(Path(sysconfig.get_paths()[kind]) for kind in ("purelib", "platlib"))
+
+
+def memory_base(needed_bytes: int, shared_free_bytes: int | None, fallback: Path) -> Path:
+    """Where gradients and staged bytes go: shared memory if there is any and it has room, else the fallback on disk."""
+    return SHARED_MEMORY if shared_free_bytes is not None and shared_free_bytes >= needed_bytes else fallback
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workplace:
+    """The folders of one demo: ``folder`` for what may be kept, ``memory`` for what is only of use while it runs."""
+
+    folder: Path
+    memory: Path
+
+    @classmethod
+    def create(cls, *, memory_bytes: int, disk_bytes: int) -> Workplace:
+        """Make the folders.
+
+        Args:
+            memory_bytes: what trainers will need in memory.
+            disk_bytes: what corpus, server and store will need on disk.
+
+        Raises:
+            Unavailable: the disk is too full.
+            ConfigError: there is no folder for temporary files.
+        """
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        except OSError as exc:
+            raise ConfigError(f"no temporary folder can be made ({exc}): set TMPDIR to a folder of yours") from exc
+        try:
+            free = shutil.disk_usage(folder).free
+            if free < disk_bytes:
+                raise Unavailable(
+                    f"the demo needs about {disk_bytes / 1e6:,.0f} MB in {folder.parent}, and {free / 1e6:,.0f} MB are free: "
+                    "set TMPDIR to a folder with room"
+                )
+            base = memory_base(memory_bytes, _free_bytes(SHARED_MEMORY), folder)
+            place = cls(folder=folder, memory=Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base)))
+            for made in (place.home, place.notes, place.store, place.gradients):
+                made.mkdir()
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return place
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def corpus(self) -> Path:
+        return self.folder / "corpus"
+
+    @property
+    def notes(self) -> Path:
+        return self.folder / "notes"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.folder / "trainers.log"
+
+    @property
+    def staging(self) -> Path:
+        return self.memory / "staging"
+
+    @property
+    def gradients(self) -> Path:
+        return self.memory / "gradients"
+
+    def environment(self, base: Mapping[str, str], settings: Settings) -> dict[str, str]:
+        """The environment for all that the demo starts."""
+        chosen = {
+            "DTR_HOME": str(self.home),
+            **{
+                f"DTR_{name.upper()}": str(value)
+                for name, value in settings.as_dict().items()
+                if value is not None and value != getattr(Settings(), name)
+            },
+        }
+        return {**base, **chosen}
+
+    def running(self) -> list[ProcessId]:
+        """The processes that were started in this demo's environment and are alive."""
+        return list(_processes_with(f"DTR_HOME={self.home}"))
+
+    def remains(self) -> list[str]:
+        """What is in memory that somebody should have removed: anything but the staging folder, which serves whoever comes next."""
+        left = [path for path in self.memory.rglob("*") if not path.is_dir() and self.staging not in path.parents]
+        left += [path for path in self.staging.glob(".launchers/*")]
+        return sorted(str(path.relative_to(self.memory)) for path in left)
+
+    def clear(self, *, keep: bool) -> None:
+        """End every process of the demo and remove the folders; ``keep`` leaves the one on disk."""
+        for process in self.running():
+            processes.send(process, signal.SIGKILL)
+        shutil.rmtree(self.memory, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else None
+    except OSError:
+        return None
+
+
+def _processes_with(variable: str) -> Iterator[ProcessId]:
+    """Processes of this user that were started with this variable; those of others cannot be ours."""
+    wanted = variable.encode()
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if wanted in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0") and (found := processes.identify(int(entry))):
+                yield found

@@ -1,0 +1,151 @@
+"""Which registrations the launcher looks after, seat by seat: from a trainer's first line until it leaves or ends.
+
+One process may register for several jobs, and anew after Redis lost its state: the newest registration of a member counts. A
+connection that ends without a word ends the beats, and nothing else: the registration stays on record until its process has ended,
+so that Redis is told how.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from worker_agent.launcher.desk import Visitor
+from worker_agent.launcher.inbox import Inbox
+from worker_agent.launcher.stall import StallRule, Watch
+from worker_agent.launcher.ward import Departures, Ward
+from worker_agent.registration import Registration, news_line
+
+__all__ = ["Care"]
+
+log = logging.getLogger(__name__)
+
+_ENDED_ELSEWHERE: Final = "it ended; how is known to its parent, which is not the launcher"
+
+
+class Care:
+    """Told by the desk what trainers say, and by the loop when they end. All methods are for the loop's thread.
+
+    Args:
+        selector, inbox: of the loop.
+        rule: when a trainer counts as stalled.
+        pid_of: the process that the launcher started in a seat, None if there is none.
+        on_stall: called with (seat, watch) when a trainer stalls, becomes overdue, or goes on.
+    """
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        inbox: Inbox,
+        *,
+        rule: StallRule,
+        pid_of: Callable[[int], int | None],
+        on_stall: Callable[[int, Watch], None],
+    ) -> None:
+        self.departures = Departures()
+        self._selector, self._inbox, self._rule = selector, inbox, rule
+        self._pid_of, self._on_stall = pid_of, on_stall
+        self._wards: dict[int, dict[tuple[str, str, str], Ward]] = {}  # by seat and member
+        self._of: dict[Visitor, Ward] = {}
+        self._strangers: dict[Ward, int] = {}  # pidfds of trainers that are not the launcher's own children
+
+    # --- what the desk tells ----------------------------------------------------------------------------------------
+
+    def registered(self, visitor: Visitor, registration: Registration) -> None:
+        """Beat for this member from now on."""
+        self.left(visitor)
+        seat = visitor.seat
+        older = self._wards.setdefault(seat, {}).pop(registration.member, None)
+        if older is not None:
+            self._forget(older)
+        ward = Ward(
+            registration,
+            pid=visitor.pid,
+            rule=self._rule,
+            on_news=lambda news, detail: self._inbox.post(partial(self._news, visitor, ward, news, detail)),
+            on_stall=lambda watch: self._inbox.post(partial(self._stalled, seat, ward, watch)),
+        )
+        self._wards[seat][registration.member] = self._of[visitor] = ward
+        if visitor.pid not in {0, self._pid_of(seat)}:
+            self._watch_stranger(seat, ward, visitor.pid)
+        ward.start()
+
+    def left(self, visitor: Visitor) -> None:
+        """The trainer has told Redis itself, or is about to register anew."""
+        ward = self._of.pop(visitor, None)
+        if ward is not None:
+            self._wards[visitor.seat].pop(ward.registration.member, None)
+            self._forget(ward)
+
+    def gone(self, visitor: Visitor) -> None:
+        """The connection ended without a word."""
+        ward = self._of.pop(visitor, None)
+        if ward is not None:
+            ward.release()
+
+    # --- what the loop tells ----------------------------------------------------------------------------------------
+
+    def last_step(self, seat: int) -> int:
+        """The last step that the trainer in this seat reported; -1 if none."""
+        return max((ward.progress().step for ward in self._wards.get(seat, {}).values()), default=-1)
+
+    def ended(self, seat: int, reason: str, on_told: Callable[[bool], None]) -> int:
+        """The process in this seat has ended: tell Redis of each of its registrations, and return how many there are.
+
+        ``on_told`` is called for each, in the loop's thread, with whether another process holds the worker_id by now.
+        """
+        wards = list(self._wards.pop(seat, {}).values())
+        for ward in wards:
+            self._depart(ward, reason, on_told)
+        return len(wards)
+
+    def close(self, within_s: float) -> None:
+        """Wait for the departures that are still to be told, then give them up."""
+        for wards in self._wards.values():
+            for ward in wards.values():
+                self._forget(ward)
+        self._wards.clear()
+        for worker in self.departures.settle(within_s):
+            log.warning("Redis could not be told that %s is gone; it finds out when the ttl has passed", worker)
+
+    # --- how --------------------------------------------------------------------------------------------------------
+
+    def _depart(self, ward: Ward, reason: str, on_told: Callable[[bool], None]) -> None:
+        self.departures.tell(ward.registration, reason, lambda replaced: self._inbox.post(partial(on_told, replaced)))
+        self._forget(ward)
+
+    def _forget(self, ward: Ward) -> None:
+        ward.release()
+        pidfd = self._strangers.pop(ward, None)
+        if pidfd is not None:
+            self._selector.unregister(pidfd)
+            os.close(pidfd)
+
+    def _watch_stranger(self, seat: int, ward: Ward, pid: int) -> None:
+        """A trainer behind a wrapper (a shell, a container): its end is seen as well, though not how it ended."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return  # it has ended already: its connection says so
+        self._strangers[ward] = pidfd
+        self._selector.register(pidfd, selectors.EVENT_READ, partial(self._stranger_ended, seat, ward))
+
+    def _stranger_ended(self, seat: int, ward: Ward) -> None:
+        if self._wards.get(seat, {}).pop(ward.registration.member, None) is not None:
+            self._depart(ward, _ENDED_ELSEWHERE, lambda replaced: None)
+
+    def _is_current(self, seat: int, ward: Ward) -> bool:
+        return self._wards.get(seat, {}).get(ward.registration.member) is ward
+
+    def _news(self, visitor: Visitor, ward: Ward, news: str, detail: str) -> None:
+        if self._of.get(visitor) is ward:
+            log.warning("%s: %s", ward.registration.who.worker_id, detail)
+            visitor.send(news_line(news, detail))
+
+    def _stalled(self, seat: int, ward: Ward, watch: Watch) -> None:
+        if self._is_current(seat, ward):
+            self._on_stall(seat, watch)

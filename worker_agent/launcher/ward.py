@@ -1,0 +1,144 @@
+"""A trainer that registered with this launcher: beats for it, watches its progress, and tells Redis when it has ended.
+
+Nothing here makes the launcher's loop wait: beats and departures each run in threads of their own, with connections of their own, so
+that a slow Redis holds back neither another trainer nor the detection of an exit.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from dtr.beats import BeatThread
+from dtr.errors import CoordinatorRefused, DtrError, Recovering, StateLost, Unavailable
+from dtr.membership import depart
+from dtr.progress import Progress, read_page
+from dtr.state.client import translate
+from dtr.state.job import JobState
+from worker_agent.launcher.procfs import is_stopped
+from worker_agent.launcher.stall import StallRule, Watch, observe
+from worker_agent.registration import Registration
+
+__all__ = ["Departures", "Ward"]
+
+log = logging.getLogger(__name__)
+
+_LONGEST_PAUSE_S: Final = 2.0
+
+
+class Ward:
+    """One registration under care.
+
+    Args:
+        registration: what the trainer handed over.
+        pid: the trainer's, as the launcher's own host numbers it; 0 if it cannot be seen from here.
+        rule: when it counts as stalled.
+        on_news: called from a thread with (news, detail) when the beats ended because the member may not go on.
+        on_stall: called from a thread with the watch when the trainer stalls, becomes overdue, or goes on.
+    """
+
+    def __init__(
+        self,
+        registration: Registration,
+        *,
+        pid: int,
+        rule: StallRule,
+        on_news: Callable[[str, str], None],
+        on_stall: Callable[[Watch], None],
+    ) -> None:
+        self.registration = registration
+        self._pid, self._rule, self._on_stall = pid, rule, on_stall
+        self._watch: Watch | None = None
+        self._progress = Progress(step=-1, phase="starting", at=time.monotonic())
+        self._beats = BeatThread(
+            registration.redis_url, registration.job, registration.who, ttl_ms=registration.ttl_ms,
+            interval_ms=registration.interval_ms, number=registration.number, read_progress=self._look, on_news=on_news,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._beats.start()
+
+    def release(self) -> None:
+        """End the beats; does not wait for one that is under way."""
+        threading.Thread(target=self._beats.stop, name="dtr-release", daemon=True).start()
+
+    def progress(self) -> Progress:
+        """The newest report, read now."""
+        # A page that is being written at this moment is read at the next look.
+        self._progress = read_page(self.registration.page) or self._progress
+        return self._progress
+
+    def _look(self) -> Progress:
+        """Called before each beat: what the beat is to report."""
+        progress = self.progress()
+        before = self._watch
+        after = observe(before, progress, time.monotonic(), stopped=is_stopped(self._pid), rule=self._rule)
+        self._watch = after
+        if (after.stalled, after.overdue) != ((before.stalled, before.overdue) if before else ("", False)):
+            self._on_stall(after)
+        return replace(progress, phase="stalled") if after.stalled else progress
+
+
+class Departures:
+    """Tells Redis who has ended, each in a thread of its own that tries until it gets through."""
+
+    def __init__(self) -> None:
+        self._giving_up = threading.Event()
+        self._open: dict[threading.Thread, str] = {}
+
+    def tell(self, registration: Registration, reason: str, on_told: Callable[[bool], None]) -> None:
+        """Record that this incarnation is gone.
+
+        Args:
+            registration: of the process that ended.
+            reason: for people.
+            on_told: called from a thread once that is settled, with whether another process holds the worker_id by now.
+        """
+        thread = threading.Thread(target=self._tell, args=(registration, reason, on_told), name="dtr-depart", daemon=True)
+        self._open[thread] = registration.who.worker_id
+        thread.start()
+
+    def settle(self, within_s: float) -> list[str]:
+        """Wait for what is still to be told, then give up; the workers that Redis was not told of: it finds out by their ttl."""
+        deadline = time.monotonic() + within_s
+        for thread in self._open:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._giving_up.set()
+        return sorted(worker for thread, worker in self._open.items() if thread.is_alive())
+
+    def _tell(self, registration: Registration, reason: str, on_told: Callable[[bool], None]) -> None:
+        state = JobState(registration.redis_url, registration.job, name="dtr-depart")
+        replaced, pause_s = False, 0.05
+        try:
+            while not self._giving_up.is_set():
+                try:
+                    replaced = _depart(state, registration, reason)
+                    break
+                except CoordinatorRefused:
+                    raise
+                except (Unavailable, Recovering) as exc:
+                    log.info("Redis is not told yet that %s is gone: %s", registration.who.worker_id, exc)
+                self._giving_up.wait(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+        except StateLost:
+            log.info("Redis lost the state of job %s: it need not be told that %s is gone", registration.job, registration.who.worker_id)
+        except DtrError as exc:
+            log.warning("Redis cannot be told that %s is gone (%s): %s", registration.who.worker_id, reason, exc)
+        finally:
+            state.close()
+            on_told(replaced)
+
+
+def _depart(state: JobState, registration: Registration, reason: str) -> bool:
+    """Record the departure; whether this incarnation had been replaced by one that lives."""
+    who = registration.who
+    if depart(state, state_id=who.state_id, worker_id=who.worker_id, incarnation=who.incarnation, reason=reason):
+        return False
+    with translate(state.url):
+        return bool(state.redis.hget(state.keys.fences, who.worker_id))
