@@ -6,6 +6,7 @@ out raise an error that names exactly who had not arrived. The members of a roun
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dtr.state.job import JobState
 from dtr.state.keys import RoundKeys
 
 __all__ = ["Barriers", "Missing"]
+
+log = logging.getLogger(__name__)
 
 OPEN_BYTES = len(b"$4\r\nOPEN\r\n")  # the answer "wait": no reason to wake up
 
@@ -94,6 +97,7 @@ class Barriers:
         args = (self._fence, self._who.worker_id, self._place, name, seq, subset)
         deadline = self._clock.monotonic() + timeout_s
         left_ms = timeout_s * 1000
+        failing = False
         while True:
             try:
                 streams = {keys.wake: "0-0", wake: self._wake_id}
@@ -116,6 +120,9 @@ class Barriers:
             except CoordinatorRefused:
                 raise
             except CoordinatorUnavailable as exc:
+                if not failing:
+                    failing = True
+                    log.warning("barrier %r round %d waits on, its call did not get through: %s", name, seq, exc)
                 left_ms = (deadline - self._clock.monotonic()) * 1000
                 if left_ms <= 0:
                     raise CoordinatorUnavailable(f"barrier {name!r} round {seq} has no verdict after {timeout_s:g} s: {exc}") from exc

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import CoordinatorUnavailable
+from dtr.failpoints import failpoint
 from dtr.ring import virtual_nodes
 from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.state.keys import JOBS
 
-__all__ = ["BeatAnswer", "Identity", "MemberView", "beat", "depart", "join", "members", "new_incarnation", "open_state"]
+__all__ = ["BeatAnswer", "Identity", "MemberView", "beat", "depart", "join", "members", "new_incarnation", "open_state", "why_departed"]
 
 RECOVER_LEASE_MS = 60_000
 
@@ -100,6 +101,7 @@ def join(state: JobState, who: Identity, *, ttl_ms: int) -> int:
     """Register; an older incarnation of the same worker_id departs. Returns the generation."""
     keys = state.keys
     points = virtual_nodes(who.worker_id).values()
+    failpoint("join.before")
     answer = state.call(
         "member_join",
         [
@@ -115,6 +117,7 @@ def join(state: JobState, who: Identity, *, ttl_ms: int) -> int:
         ],
         [who.state_id, who.worker_id, who.incarnation, ttl_ms, who.host, who.pid, who.address, *points],
     )
+    failpoint("join.after")
     return int(answer)
 
 
@@ -181,6 +184,16 @@ def depart(state: JobState, *, state_id: str, worker_id: str, incarnation: str, 
         [state_id, worker_id, incarnation, " ".join(reason.split())[:200] or "left"],
     )
     return bool(int(answer))
+
+
+def why_departed(state: JobState, worker_id: str) -> str:
+    """Why the newest departed incarnation of this worker is gone; empty if that is not known."""
+    try:
+        with translate(state.url):
+            found = state.redis.hget(state.keys.departed, worker_id)
+    except CoordinatorUnavailable:
+        return ""
+    return str(found or "").partition(" ")[2].partition(" ")[2]
 
 
 def members(state: JobState) -> list[MemberView]:

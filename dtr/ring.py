@@ -68,7 +68,8 @@ class Ring:
         ordered = _sorted_ids(workers)
         nodes = _nodes_of(ordered)
         owners = np.repeat(np.arange(len(ordered), dtype=np.int32), VIRTUAL_NODES)
-        return _in_order(ordered, nodes.reshape(-1), owners, nodes.min(axis=1))
+        points = nodes.reshape(-1)
+        return _in_order(ordered, points, owners, nodes.min(axis=1), by_point=np.argsort(points))
 
     def changed_to(self, workers: Iterable[str]) -> Ring:
         """The ring of these workers, equal to ``Ring.of(workers)``; only newcomers are hashed."""
@@ -87,12 +88,10 @@ class Ring:
         lowest = np.empty(len(ordered), dtype=np.int64)
         lowest[moved[moved >= 0]] = self.lowest[moved >= 0]
         lowest[new_index] = nodes.min(axis=1)
-        return _in_order(
-            ordered,
-            np.concatenate([self.points[stays], nodes.reshape(-1)]),
-            np.concatenate([owners[stays], np.repeat(new_index, VIRTUAL_NODES)]),
-            lowest,
-        )
+        points = np.concatenate([self.points[stays], nodes.reshape(-1)])
+        owners = np.concatenate([owners[stays], np.repeat(new_index, VIRTUAL_NODES)])
+        by_point = np.argsort(points, kind="stable")  # merges what is sorted already, so a change costs little
+        return _in_order(ordered, points, owners, lowest, by_point=by_point)
 
     def preference(self, key: str) -> Iterator[str]:
         """Every worker once, the most preferred for this key first."""
@@ -124,10 +123,9 @@ def _nodes_of(workers: Sequence[str]) -> NDArray[np.int64]:
     return points_of(keys).reshape(len(workers), VIRTUAL_NODES)
 
 
-def _in_order(workers: tuple[str, ...], points: Points, owners: Owners, lowest: Points) -> Ring:
-    by_point = np.argsort(points, kind="stable")  # merges runs that are sorted already, so a change costs little
-    points = points[by_point]
-    owners = owners[by_point]
+def _in_order(workers: tuple[str, ...], points: Points, owners: Owners, lowest: Points, *, by_point: NDArray[np.intp]) -> Ring:
+    """The ring whose nodes are in the order ``by_point``, and by worker where points are equal."""
+    points, owners = points[by_point], owners[by_point]
     if np.any(points[1:] == points[:-1]):  # about once in a million rings of 1,000 workers
         by_point_and_id = np.lexsort((owners, points))
         points, owners = points[by_point_and_id], owners[by_point_and_id]

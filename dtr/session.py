@@ -23,7 +23,7 @@ from dtr.config import Settings
 from dtr.errors import CoordinatorUnavailable, ForkedProcess, NotJoined, RosterChanged, StaleIncarnation, StateLost, Unavailable
 from dtr.host import host_id
 from dtr.launcherlink import LauncherLink, registration
-from dtr.membership import Identity, depart, join, new_incarnation, open_state
+from dtr.membership import Identity, depart, join, new_incarnation, open_state, why_departed
 from dtr.progress import ProgressPage
 from dtr.runs import Run, World, form, run_number, why_ended
 from dtr.state.exchange import Exchange
@@ -285,6 +285,8 @@ class Session:
             except StateLost as exc:
                 self._state_lost(str(exc), identity)
                 continue
+            except StaleIncarnation as exc:
+                raise self._stale(exc) from exc
             with self._lock:
                 self._run, self._last_run = run, run.id
                 self._barriers = Barriers(self.state, self._exchange, identity, run, clock=self.clock)
@@ -310,6 +312,12 @@ class Session:
             )  # fmt: skip
             raise self._ended
 
+    def _stale(self, exc: StaleIncarnation) -> StaleIncarnation:
+        """The error that says why this registration ended; nothing of this process may go on."""
+        why = why_departed(self.state, self.worker_id)
+        self._ended = StaleIncarnation(f"{exc.message}{f': {why}' if why else ''}", worker=self.worker_id, reason=why)
+        return self._ended
+
     def guarded(self, call: Callable[[], Any]) -> Any:
         """Do ``call`` under this run: what it learns about the run's end is kept and raised in full."""
         self.check()
@@ -321,8 +329,7 @@ class Session:
             self.check()
             raise
         except StaleIncarnation as exc:
-            self._ended = exc
-            raise
+            raise self._stale(exc) from exc
         except RosterChanged as exc:
             self._ended = why_ended(self.state, self.run.id)
             raise self._ended from exc

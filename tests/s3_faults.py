@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _error(self, status: int, code: str) -> None:
         text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
-        self._reply(status, [("Content-Type", "application/xml")], text)
+        self._reply(status, [("Content-Type", "application/xml"), ("x-amz-bucket-region", "eu-elsewhere-1")], text)
 
     def _cut(self, *, reset: bool) -> None:
         self.close_connection = True

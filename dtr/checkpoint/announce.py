@@ -18,7 +18,7 @@ from dtr.checkpoint.handle import SaveHandle
 from dtr.checkpoint.locks import try_lock
 from dtr.checkpoint.parts import Fence, Spec, StagedPart
 from dtr.checkpoint.slots import Found
-from dtr.errors import CheckpointConflict, CheckpointError, RosterChanged, StaleIncarnation, StateLost
+from dtr.errors import CheckpointConflict, CheckpointError, CoordinatorUnavailable, RosterChanged, StaleIncarnation, StateLost
 from dtr.failpoints import failpoint
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -89,8 +89,15 @@ def announce(state: JobState, save: Save, recover_run: Callable[[], None], broke
         # This step was saved before with as many bytes: the first save is the part, and this one only has to hold the same.
         save.own_checksum = save.own_checksum or _checksum_of(save)
     elif placed.part_state != "done":
-        publish.upload_part(broker_url, host=save.fence.host, job=state.job, run=save.spec.run, step=save.spec.step, rank=save.fence.rank)
+        _wake_uploader(state, save, broker_url)
     failpoint("save.after_enqueue")
+
+
+def _wake_uploader(state: JobState, save: Save, broker_url: str) -> None:
+    try:
+        publish.upload_part(broker_url, host=save.fence.host, job=state.job, run=save.spec.run, step=save.spec.step, rank=save.fence.rank)
+    except CoordinatorUnavailable as exc:
+        log.info("the uploader was not woken, and finds step %d by itself: %s", save.spec.step, exc)
 
 
 def fail(state: JobState, save: Save) -> None:

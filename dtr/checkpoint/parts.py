@@ -20,7 +20,6 @@ from dtr.state.job import JobState
 __all__ = [
     "CheckpointView",
     "Claim",
-    "Evidence",
     "Fence",
     "PartView",
     "Placed",
@@ -123,6 +122,7 @@ class PartView:
     lease_until_ms: int
     retry_at_ms: int
     attempts: int
+    failures: int
     progress_bytes: int
     error: str
 
@@ -149,19 +149,6 @@ class CheckpointView:
     def expected_ranks(self) -> range:
         """The ranks whose parts complete the checkpoint."""
         return range(self.writer, self.writer + 1) if self.replicated else range(self.world_size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """A decision record as it was read back from the store."""
-
-    decision: str
-    reason: str
-    size_bytes: int
-    world_size: int
-    replicated: bool
-    store: str
-    created_at_ms: int
 
 
 # --- trainers -------------------------------------------------------------------------------------------------------
@@ -244,9 +231,12 @@ def renew(state: JobState, run: str, step: int, rank: int, *, token: str, lease_
     return bool(int(state.call("part_renew", _ckpt(state, run, step), [rank, token, lease_ms, progress_bytes])))
 
 
-def release(state: JobState, run: str, step: int, rank: int, *, token: str, error: str, retry_ms: int) -> bool:
-    """Give a claim back because of an error that may pass; nobody is granted one before ``retry_ms`` from now."""
-    answer = state.call("part_release", [state.keys.parts(run, step)], [rank, token, _line(error), retry_ms])
+def release(state: JobState, run: str, step: int, rank: int, *, token: str, error: str, retry_ms: int, counts: bool = False) -> bool:
+    """Give a claim back because of an error; nobody is granted one before ``retry_ms`` from now.
+
+    ``counts``: the attempt counts towards ``max_attempts``. A store that throttles or a worker that stops is no fault of the part.
+    """
+    answer = state.call("part_release", [state.keys.parts(run, step)], [rank, token, _line(error), retry_ms, int(counts)])
     return bool(int(answer))
 
 
@@ -273,22 +263,19 @@ def lose(state: JobState, run: str, step: int, rank: int, *, seen: str, reason: 
 # --- whoever read the decision --------------------------------------------------------------------------------------
 
 
-def decide(state: JobState, run: str, step: int, evidence: Evidence, *, read_at_ms: int = 0) -> tuple[str, int]:
-    """Record the store's decision. Returns the checkpoint's state and 0; or UNKNOWN and the server's clock.
+def decide(state: JobState, run: str, step: int, *, decision: str, reason: str = "", size_bytes: int = 0) -> str:
+    """Record the store's decision, after it was read back. Returns the checkpoint's state, UNKNOWN if Redis has none.
 
-    UNKNOWN: Redis does not know this checkpoint. It may have forgotten it, or retention may have removed it while the caller slept:
-    read the record again, and if it still stands, call again with that clock as ``read_at_ms``.
+    Raises:
+        CheckpointError: Redis has another verdict already, which must not be.
     """
     k = state.keys
     answer = state.call(
         "ckpt_decide",
-        [k.meta, k.lineage, k.ckpt(run, step), k.ckpts, k.open_ckpts, k.events],
-        [
-            run, step, evidence.decision, _line(evidence.reason), evidence.size_bytes, evidence.world_size, int(evidence.replicated),
-            evidence.store, evidence.created_at_ms, read_at_ms,
-        ],
-    )  # fmt: skip
-    return answer[0], int(answer[1]) if len(answer) > 1 else 0
+        [k.meta, k.lineage, k.ckpt(run, step), k.open_ckpts, k.events],
+        [run, step, decision, _line(reason), size_bytes],
+    )
+    return str(answer)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -355,6 +342,7 @@ def _parts(fields: Mapping[str, str]) -> dict[int, PartView]:
             lease_until_ms=int(held.get("lease_until") or 0),
             retry_at_ms=int(held.get("retry_at") or 0),
             attempts=int(held.get("attempts") or 0),
+            failures=int(held.get("failures") or 0),
             progress_bytes=int(held.get("progress_bytes") or 0),
             error=held.get("error", ""),
         )

@@ -38,6 +38,7 @@ __all__ = [
     "open_for_reading",
     "roots",
     "scan",
+    "scan_job",
     "worker_folder",
 ]
 
@@ -211,6 +212,12 @@ def roots(staging: str) -> list[str]:
 def scan(staging: str) -> list[Found]:
     """Every slot of every job and worker, in a fixed order. Takes no lock."""
     return [look(files) for root in roots(staging) for folder in worker_folders(root) for files in slots_in(folder)]
+
+
+def scan_job(staging: str, job: str) -> list[Found]:
+    """Every slot of one job."""
+    folders = [folder for root in roots(staging) for folder in _folders(f"{root}/{job.replace('/', '~')}")]
+    return [look(files) for folder in folders for files in slots_in(folder)]
 
 
 def worker_folders(root: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dtr.cli.options import reading_options
 from dtr.cli.screen import Screen, show
 from dtr.cli.table import cell
 from dtr.views import settings as view
-from dtr.views.settings import SettingView
+from dtr.views.settings import SettingsView
 
 __all__ = ["config"]
 
@@ -30,9 +30,9 @@ def show_(url: str | None, job: str | None, as_json: bool) -> None:
     show(view.read(environ=os.environ, redis_url=url, job=job), json=as_json, human=_human)
 
 
-def _human(screen: Screen, found: tuple[SettingView, ...]) -> None:
-    widest = max(len(setting.name) for setting in found)
-    for setting in found:
+def _human(screen: Screen, found: SettingsView) -> None:
+    widest = max(len(setting.name) for setting in found.settings)
+    for setting in found.settings:
         value = "-" if setting.value is None else str(setting.value)
         style, place = ("dim", "") if setting.origin == "default" else ("bold", f"  from {setting.place}")
         screen.entry([cell(setting.name.ljust(widest), "bold")], value + place, style)

@@ -9,7 +9,7 @@ import rich_click as click
 from dtr.cli.options import job_state, reading_options, target
 from dtr.cli.screen import Screen, show
 from dtr.cli.sentences import moment
-from dtr.cli.table import Column, cell
+from dtr.cli.table import LUXURY, Column, cell
 from dtr.views import datasets as view
 from dtr.views.datasets import DatasetsView
 from dtr.views.words import count_of
@@ -19,10 +19,10 @@ __all__ = ["data"]
 _COLUMNS: Final = (
     Column(title="data set", least=8, keep="ends"),
     Column(title="version", right=True),
-    Column(title="format", spare=4),
+    Column(title="format", spare=LUXURY),
     Column(title="samples", right=True),
     Column(title="shards", right=True, spare=1),
-    Column(title="files", right=True, spare=5),
+    Column(title="files", right=True, spare=LUXURY),
     Column(title="registered", spare=3),
     Column(title="path", least=12, keep="ends", spare=2),
 )

@@ -24,6 +24,7 @@ class Entry:
     attribute: str
     panel: str
     about: str
+    below: tuple[str, ...] = ()  # the commands of a group
 
     def load(self) -> click.Command:
         """The command itself."""
@@ -31,9 +32,9 @@ class Entry:
         return command
 
 
-def _entry(name: str, panel: str, about: str, module: str | None = None) -> tuple[str, Entry]:
+def _entry(name: str, panel: str, about: str, module: str | None = None, below: tuple[str, ...] = ()) -> tuple[str, Entry]:
     attribute = name.replace("-", "_")
-    return name, Entry(module=f"dtr.cli.{module or attribute}", attribute=attribute, panel=panel, about=about)
+    return name, Entry(module=f"dtr.cli.{module or attribute}", attribute=attribute, panel=panel, about=about, below=below)
 
 
 COMMANDS: Final[dict[str, Entry]] = dict(
@@ -42,10 +43,10 @@ COMMANDS: Final[dict[str, Entry]] = dict(
         _entry("workers", "Look", "Who is there, and who has gone and why."),
         _entry("barriers", "Look", "Barrier rounds, and who is missing."),
         _entry("ring", "Look", "How the ring is shared among the workers."),
-        _entry("ckpt", "Look", "List, show and verify checkpoints."),
-        _entry("data", "Look", "List the data sets of a job."),
+        _entry("ckpt", "Look", "List, show and verify checkpoints.", below=("ls", "show", "verify")),
+        _entry("data", "Look", "List the data sets of a job.", below=("ls",)),
         _entry("events", "Look", "What happened, and what happens now."),
-        _entry("config", "Look", "The settings and where they come from."),
+        _entry("config", "Look", "The settings and where they come from.", below=("show",)),
         _entry("run", "Run", "Run a training command as N workers."),
         _entry("up", "Run", "Run Redis, an uploader and Flower on this machine.", "stack"),
         _entry("down", "Run", "End what `dtr up` started.", "stack"),
@@ -72,7 +73,11 @@ class LazyGroup(click.RichGroup):
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        click.echo(f"dtr {metadata.version('dtr')}, Python {sys.version.split()[0]}")
+        try:
+            version = metadata.version("dtr")
+        except metadata.PackageNotFoundError:
+            version = "from a checkout that is not installed"
+        click.echo(f"dtr {version}, Python {sys.version.split()[0]}")
         ctx.exit()
 
 
@@ -92,10 +97,7 @@ def cli(ctx: click.Context, url: str | None, job: str | None) -> None:
     """
     given: dict[str, Any] = {name: value for name, value in (("url", url), ("job", job)) if value is not None}
     # Defaults of every command below; those of a group's commands lie one level deeper.
-    ctx.default_map = {name: {**given, **dict.fromkeys(_BELOW.get(name, ()), given)} for name in COMMANDS}
-
-
-_BELOW: Final[dict[str, tuple[str, ...]]] = {"ckpt": ("ls", "show", "verify"), "config": ("show",), "data": ("ls",)}
+    ctx.default_map = {name: {**given, **dict.fromkeys(entry.below, given)} for name, entry in COMMANDS.items()}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -25,8 +25,11 @@ T = TypeVar("T")
 def document(value: Any, *, lines: bool = False) -> None:
     """Print a view as JSON: one indented document, or with ``lines`` one line; never NaN, never half a document."""
     options = orjson.OPT_APPEND_NEWLINE | (0 if lines else orjson.OPT_INDENT_2)
-    sys.stdout.write(orjson.dumps(value, option=options).decode())
+    rest = memoryview(orjson.dumps(value, option=options))
     sys.stdout.flush()
+    while rest:  # unbuffered (PYTHONUNBUFFERED), a pipe that is closed midway takes a part and raises only at the next write
+        rest = rest[sys.stdout.buffer.write(rest) :]
+    sys.stdout.buffer.flush()
 
 
 def show(value: T, *, json: bool, human: Callable[[Screen, T], None]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from dtr.views.events import Event
-from dtr.views.words import size
+from dtr.views.words import count_of, size
 
 __all__ = ["moment", "sentence", "style"]
 
@@ -33,7 +33,7 @@ def sentence(event: Event) -> str:
     write = _SENTENCES.get(event.event)
     try:
         text = write(event.fields) if write is not None else ""
-    except KeyError:
+    except (KeyError, ValueError):
         text = ""  # another version of dtr wrote it with other fields
     return text or " ".join(f"{name}={value}" for name, value in event.fields.items())
 
@@ -53,7 +53,7 @@ def _ckpt(fields: Mapping[str, str]) -> str:
 _SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
     "joined": lambda f: f"{f['worker']} on {f['host']}, process {f['pid']}, generation {f['generation']}",
     "departed": lambda f: f"{f['worker']}: {f['reason']}",
-    "run_formed": lambda f: f"{f['run']} with {f['world_size']} ranks" + (f" after {f['previous']}" if f.get("previous") else ""),
+    "run_formed": lambda f: f"{f['run']} with {count_of(int(f['world_size']), 'rank')}" + (f" after {f['previous']}" if f.get("previous") else ""),
     "run_ended": lambda f: f"{f['run']}: rank {f['rank']} ({f['worker']}) departed: {f['reason']}",
     "barrier_broken": _round,
     "barrier_timeout": _round,

@@ -175,7 +175,7 @@ class Home:
             return False
         lock = self.supervising()
         try:
-            return not lock.take()
+            return not lock.take(shared=True)  # shared: two who ask at once do not take each other for a supervisor
         finally:
             lock.release()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import redis
 from redis import exceptions as rx
 
 from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable, Unavailable
@@ -109,7 +110,7 @@ def listening(url: str, timeout_s: float = 1.0) -> bool:
 
 
 def look(url: str) -> dict[str, Any] | None:
-    """What INFO says if a Redis answers at ``url``; None if nothing listens there.
+    """What INFO says if a Redis answers at ``url``, nothing where this user may not ask; None if nothing listens there.
 
     Raises:
         CoordinatorRefused: it answers and refuses this client, or is older than Redis 7.0.
@@ -120,7 +121,7 @@ def look(url: str) -> dict[str, Any] | None:
     client = connect(url, name="dtr-up", retries=0)
     try:
         with translate(url):
-            info: dict[str, Any] = client.info()
+            info = _info(client)
     except CoordinatorRefused:
         raise
     except CoordinatorUnavailable as exc:
@@ -130,9 +131,17 @@ def look(url: str) -> dict[str, Any] | None:
     finally:
         client.close()
     version = tuple(int(number) for number in re.findall(r"\d+", str(info.get("redis_version", "")))[:2])
-    if version < OLDEST:
+    if version and version < OLDEST:
         raise CoordinatorRefused(f"the Redis at {mask(url)} is {info.get('redis_version')}; dtr needs 7.0 or later")
     return info
+
+
+def _info(client: redis.Redis) -> dict[str, Any]:
+    try:
+        return dict(client.info())
+    except rx.NoPermissionError:
+        client.ping()
+        return {}
 
 
 def shortcomings(info: dict[str, Any]) -> list[str]:

@@ -176,12 +176,17 @@ class Stack:
             if self.home.supervised():
                 record = self._await_ready(deadline)
                 if record is not None:
-                    return Up(started=False, record=record)
+                    return Up(started=False, record=record, notes=self._missing(record))
             elif (found := self._start()) is not None:
                 return found
             if time.monotonic() > deadline:
                 raise Unavailable(f"the stack in {self.home.path} did not become ready; see {self.home.log('stack')}")
             time.sleep(_POLL_S)
+
+    def _missing(self, record: Record) -> tuple[str, ...]:
+        if self._flower and all(service.name != "flower" for service in record.services):
+            return ("Flower is not part of it: `dtr down` and `dtr up` start it with Flower",)
+        return ()
 
     def _await_ready(self, deadline: float) -> Record | None:
         """The record of the stack that another process starts, once it is ready; None if that one ended."""

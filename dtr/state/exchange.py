@@ -111,7 +111,7 @@ class Exchange:
             self._lowest = size_bytes
 
     def _connect(self) -> None:
-        connection = self._pool.make_connection()
+        connection = self._pool.connection_class(**self._pool.connection_kwargs)  # make_connection() counts, and never down
         connection.connect()
         self._connection, self._socket = connection, connection._sock  # noqa: SLF001 - redis-py has no public name for it
         self._reader = Reader(encoding="utf-8", errors="surrogateescape", notEnoughData=False)

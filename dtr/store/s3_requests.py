@@ -13,7 +13,7 @@ import re
 from typing import Any, Final
 
 from dtr.clock import Clock
-from dtr.errors import AlreadyExists, ConfigError
+from dtr.errors import AlreadyExists, ConfigError, StoreRefused
 from dtr.store.s3_errors import Failure, translate
 from dtr.store.s3_location import S3Location
 
@@ -24,18 +24,17 @@ _ATTEMPTS: Final = 5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _CONNECT_TIMEOUT_S: Final = 5
 _READ_TIMEOUT_S: Final = 30  # without a single byte, either way
-_CHUNK_BYTES: Final = 1 << 20
 
 
 class Body:
-    """Memory as the file that boto3 wants, in chunks of 1 MiB whatever is asked for (http.client asks for 16 KiB: 64 times the calls)."""
+    """Memory as the file that boto3 wants, not copied."""
 
     def __init__(self, content: memoryview) -> None:
         self._content, self._at = content, 0
 
-    def read(self, size: int = -1) -> bytes | memoryview:
+    def read(self, size: int = -1) -> memoryview:
         start = self._at
-        self._at = len(self._content) if size < 0 else min(len(self._content), start + max(size, _CHUNK_BYTES))
+        self._at = len(self._content) if size < 0 else min(len(self._content), start + size)
         return self._content[start : self._at]
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -134,6 +133,8 @@ class Requests:
     def _failure(exc: Exception, operation: str, key: str, at: S3Location) -> Failure:
         from botocore.exceptions import BotoCoreError, ClientError
 
+        if isinstance(exc, RecursionError):  # botocore follows a redirect without a region for ever
+            return Failure(error=StoreRefused(f"cannot {operation} in {at.url}: it redirects in circles; correct endpoint= or region="))
         if not isinstance(exc, BotoCoreError | ClientError):
             raise exc
         return translate(exc, operation=operation, key=key, url=at.url)

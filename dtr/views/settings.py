@@ -12,7 +12,7 @@ from typing import Any
 from dtr.config import Settings
 from dtr.state.client import mask
 
-__all__ = ["SettingView", "masked", "origins", "read"]
+__all__ = ["SettingView", "SettingsView", "masked", "origins", "read"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,14 @@ class SettingView:
     about: str
 
 
-def read(*, environ: Mapping[str, str], **given: Any) -> tuple[SettingView, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsView:
+    """Every setting, in the order of :class:`Settings`."""
+
+    settings: tuple[SettingView, ...]
+
+
+def read(*, environ: Mapping[str, str], **given: Any) -> SettingsView:
     """All settings as :meth:`Settings.load` merges them; passwords in URLs are masked.
 
     Raises:
@@ -34,7 +41,7 @@ def read(*, environ: Mapping[str, str], **given: Any) -> tuple[SettingView, ...]
     """
     values = Settings.load(environ=environ, **given).as_dict()
     found = origins(environ=environ, **given)
-    return tuple(
+    views = tuple(
         SettingView(
             name=spec.name,
             value=masked(values[spec.name]),
@@ -44,6 +51,7 @@ def read(*, environ: Mapping[str, str], **given: Any) -> tuple[SettingView, ...]
         )
         for spec in fields(Settings)
     )
+    return SettingsView(settings=views)
 
 
 def origins(*, environ: Mapping[str, str], **given: Any) -> dict[str, tuple[str, str]]:

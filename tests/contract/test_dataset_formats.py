@@ -183,6 +183,18 @@ class TestJsonLines:
         assert measure.samples == ROWS
         assert list(measure.marks) == [sum(map(len, lines[:n])) for n in range(0, ROWS, 4)]
 
+    @pytest.mark.parametrize("chunk_bytes", [1, 5, 64])
+    def test_a_truncated_line_longer_than_a_chunk_is_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+        """The last line is the one that is looked at, however far back its newline is; an empty line is found anywhere."""
+        monkeypatch.setattr(jsonl_module, "_CHUNK_BYTES", chunk_bytes)
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(b'{"a": 1}\n{"a": "' + b"x" * 200)
+        with pytest.raises(DatasetMismatch, match="line 2 is not JSON or was cut off"):
+            measured(self.format, path)
+        path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n')
+        with pytest.raises(DatasetMismatch, match="line 2 is empty"):
+            measured(self.format, path)
+
     def test_a_bad_line_within_is_found_when_it_is_read(self, tmp_path: Path) -> None:
         """Counting does not parse every line; reading does, and names it."""
         path = tmp_path / "a.jsonl"

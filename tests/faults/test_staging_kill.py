@@ -20,7 +20,13 @@ from tests.staged import finished, record, stage, staged, trainer
 from tests.waiting import eventually
 
 SIZE = 200_000
-FAILPOINTS = ["stage.before_record", "stage.after_copying_record", "stage.mid_copy", "stage.before_staged_record", "stage.after_staged_record"]
+FAILPOINTS = [
+    "stage.before_record",
+    "stage.after_copying_record",
+    "stage.mid_copy",
+    "stage.before_staged_record",
+    "stage.after_staged_record",
+]
 
 
 @pytest.mark.parametrize("name", FAILPOINTS)

@@ -20,6 +20,7 @@ import redis
 from dtr.config import Settings
 from dtr.datasets import DatasetRegistry, DatasetSpec
 from dtr.datasets.assignment import Assignment
+from dtr.datasets.shuffle import epoch_order
 from dtr.errors import (
     CoordinatorUnavailable,
     DatasetMismatch,
@@ -204,6 +205,7 @@ class TestWithoutARun:
         assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
         assert len({tuple(epoch) for epoch in epochs}) == 5
         assert [str(s) for s in registry.get_shard("d", epoch=3)] == epochs[3]
+        assert [s.index for s in registry.get_shard("d", epoch=3)] == epoch_order(1, 3, 8).tolist()
         register(registry, folder, shuffle=True, seed=2)
         assert [str(s) for s in registry.get_shard("d", epoch=3)] != epochs[3]
         register(registry, folder)
@@ -283,7 +285,7 @@ class TestInARun:
         assert raw.hgetall(Keys(job).placement("d", run.generation)) == {"w0": "0-24"}
 
     def test_a_new_version_is_placed_anew_in_the_same_run(
-        self, make_session: Any, settings: Settings, spec: DatasetSpec, folder: Path
+        self, make_session: Any, settings: Settings, spec: DatasetSpec, folder: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Shard numbers of another version mean other samples: no placement is carried over."""
         session = make_session("w0").start()
@@ -292,6 +294,7 @@ class TestInARun:
         assert len(assignment.in_run(session, spec, "w0")) == 25
         changed = register(DatasetRegistry(settings.redis_url, job=settings.job), folder, shard_size=5)
         assert assignment.in_run(session, changed, "w0") == [0, 1, 2, 3, 4]
+        assert "cannot be the start" not in caplog.text
 
     def test_a_damaged_parent_is_logged_and_not_used(self, make_session: Any, spec: DatasetSpec, caplog: pytest.LogCaptureFixture) -> None:
         """Given a placement that somebody damaged, when the next is computed, then it is whole, and the log says why it moved."""

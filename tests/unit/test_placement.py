@@ -108,6 +108,27 @@ def test_a_new_weight_moves_only_the_difference_of_quotas() -> None:
     assert len(after.moved_from(before)) == 42
 
 
+def test_a_rounded_up_share_goes_to_the_greater_remainder() -> None:
+    """Given shares of 2.8 and 1.2, whatever the names, then they become 3 and 1."""
+    for heavy, light in (("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")):
+        assert place(Ring.of([heavy, light]), ShardPoints.of("d", 4), weights={heavy: 7, light: 3}).counts() == {heavy: 3, light: 1}
+
+
+def test_a_rounded_up_share_goes_to_who_was_there_before() -> None:
+    """Given 11 shards on three workers, one of them new, then the new one has 3 wherever the ring puts it."""
+    for newcomer in (f"n{n}" for n in range(20)):
+        before = Placement(workers=("a", "b"), owner=np.zeros(11, dtype=np.int32))
+        after = place(Ring.of(["a", "b", newcomer]), ShardPoints.of("d", 11), previous=before)
+        assert after.counts() == {"a": 4, "b": 4, newcomer: 3}
+
+
+def test_an_exact_share_is_not_rounded_up() -> None:
+    """Given shares of 1.5, 1.5 and 3, then the third keeps 3 of the 6 that it held, although keeping 4 would move less."""
+    before = Placement(workers=("a", "b", "c"), owner=np.full(6, 2, dtype=np.int32))
+    after = place(Ring.of(["a", "b", "c"]), ShardPoints.of("d", 6), previous=before, weights={"c": 2})
+    assert after.counts()["c"] == 3
+
+
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), True, "2", 10**400], ids=str)
 def test_wrong_weights_are_refused(weight: float) -> None:
     """A weight is a positive number; the message names the worker."""

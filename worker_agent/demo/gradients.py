@@ -66,12 +66,14 @@ class SharedGradients:
     @property
     def own(self) -> Floats:
         """This rank's row: write the gradient here."""
-        return self._rows[self._rank]
+        row: Floats = self._rows[self._rank]
+        return row
 
     @property
     def mean(self) -> Floats:
         """The mean of all rows, valid from `average` until this rank meets the others again."""
-        return self._rows[-1]
+        row: Floats = self._rows[-1]
+        return row
 
     def average(self, meet: Callable[[str], None]) -> Floats:
         """Average the rows together with the other ranks, and return the mean: the same bits for each of them.

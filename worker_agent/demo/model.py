@@ -86,10 +86,11 @@ class ByteModel:
         weights, slopes = self.weights, self.shape.views(out)
         context, wanted = samples[:, :-1], samples[:, -1]
         each = np.arange(len(samples))
-        seen = weights["embedding"][context].reshape(len(samples), -1)
-        hidden = seen @ weights["hidden_weight"] + weights["hidden_bias"]
+        seen: Floats = weights["embedding"][context].reshape(len(samples), -1)
+        hidden: Floats = seen @ weights["hidden_weight"] + weights["hidden_bias"]
         np.maximum(hidden, 0.0, out=hidden)
-        chances = _softmax(hidden @ weights["output_weight"] + weights["output_bias"])
+        scores: Floats = hidden @ weights["output_weight"] + weights["output_bias"]
+        chances = _softmax(scores)
         loss = -float(np.mean(np.log(chances[each, wanted] + np.float32(1e-30))))
 
         chances[each, wanted] -= 1.0  # from here on: the slope at the output
@@ -107,9 +108,10 @@ class ByteModel:
 
     def next_byte(self, context: Bytes) -> Floats:
         """How likely each byte is to follow ``context``, which has the shape's length."""
-        hidden = self.weights["embedding"][context].reshape(-1) @ self.weights["hidden_weight"] + self.weights["hidden_bias"]
-        scores = np.maximum(hidden, 0.0) @ self.weights["output_weight"] + self.weights["output_bias"]
-        return _softmax(scores[None, :])[0]
+        weights = self.weights
+        hidden = weights["embedding"][context].reshape(1, -1) @ weights["hidden_weight"] + weights["hidden_bias"]
+        scores: Floats = np.maximum(hidden, 0.0) @ weights["output_weight"] + weights["output_bias"]
+        return _softmax(scores).reshape(-1)
 
 
 def _softmax(scores: Floats) -> Floats:

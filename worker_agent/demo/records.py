@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -103,7 +103,7 @@ class Finished:
 
 Event: TypeAlias = Started | Formed | Stepped | Saved | Committed | Halted | Restored | Finished
 
-_KINDS: Final[dict[str, type[Event]]] = {
+_KINDS: Final[dict[str, Callable[..., Event]]] = {
     kind.__name__.lower(): kind for kind in (Started, Formed, Stepped, Saved, Committed, Halted, Restored, Finished)
 }
 _LISTS: Final = frozenset({"shards", "missing"})

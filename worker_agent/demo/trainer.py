@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
-
-from concurrent.futures import Future
 
 from dtr.checkpoint.handle import Commit, SaveHandle
 from dtr.config import LauncherEnvironment
@@ -30,6 +29,8 @@ __all__ = ["DATASET", "Plan", "main"]
 
 DATASET: Final = "stdlib"
 _COMMIT_WITHIN_S: Final = 120.0
+_REPLACED_WITHIN_S: Final = 60.0
+_REPLACEMENT_ROUND_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class Plan:
         notes: folder for what happens.
         memory: folder for the gradients, in shared memory if possible.
         steps: how many there are to do.
+        workers: how many trainers there are to be.
         save_every: steps from one save to the next; the last step is saved in any case.
         batch: samples that each rank takes for a step.
         shard_size: samples in a shard.
@@ -53,6 +55,7 @@ class Plan:
     notes: str
     memory: str
     steps: int
+    workers: int
     save_every: int
     batch: int = 64
     shard_size: int = 1024
@@ -103,6 +106,7 @@ class Trainer:
         with SharedGradients(Path(plan.memory), run=agent.run, rank=agent.rank, world_size=agent.world_size, width=width) as shared:
             for step in range(agent.current_step + 1, plan.steps):
                 self._step(step, feed, shared)
+        self._await_replacement()
         self._finish()
 
     def _feed(self) -> Feed:
@@ -128,9 +132,7 @@ class Trainer:
             load(found.state, self._model, self._optimizer)
             step, from_run, found_digest = found.step, found.run, digest(found.state)
         seconds = time.monotonic() - began
-        self._notebook.write(
-            Restored(run=agent.run, rank=agent.rank, from_run=from_run, step=step, digest=found_digest, seconds=seconds)
-        )
+        self._notebook.write(Restored(run=agent.run, rank=agent.rank, from_run=from_run, step=step, digest=found_digest, seconds=seconds))
 
     def _step(self, step: int, feed: Feed, shared: SharedGradients) -> None:
         agent, plan = self._agent, self._plan
@@ -153,9 +155,7 @@ class Trainer:
         handle.durable.add_done_callback(partial(self._note_commit, handle))
         self._last_save = handle
         size_bytes = 3 * self._model.flat.nbytes  # the weights and the optimizer's two moments
-        self._notebook.write(
-            Saved(run=agent.run, rank=agent.rank, step=step, digest=state_digest, stall_s=stall_s, size_bytes=size_bytes)
-        )
+        self._notebook.write(Saved(run=agent.run, rank=agent.rank, step=step, digest=state_digest, stall_s=stall_s, size_bytes=size_bytes))
 
     def _note_commit(self, handle: SaveHandle, durable: Future[Commit]) -> None:
         if durable.exception() is not None:
@@ -179,6 +179,13 @@ class Trainer:
                 reason=reason,
             )
         )
+
+    def _await_replacement(self) -> None:
+        """With a trainer missing, stay: it is on its way, and cannot form a run alone. The barrier raises RosterChanged when it is here."""
+        rounds = int(_REPLACED_WITHIN_S / _REPLACEMENT_ROUND_S) if self._agent.world_size < self._plan.workers else 0
+        for _ in range(rounds):  # a number of rounds, and no deadline, so that all ranks stop together
+            self._agent.barrier("replacement")
+            time.sleep(_REPLACEMENT_ROUND_S)
 
     def _finish(self) -> None:
         """Wait until the last save is durable and everybody is here, so that nobody leaves a run that others still need."""

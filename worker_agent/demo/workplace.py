@@ -1,7 +1,7 @@
 """The demo's folders and the environment of its processes: nothing of the user's own dtr is read or written.
 
-Guarantee: what a demo starts can be told apart from everything else on the machine, by DTR_HOME in its environment, so that nothing
-of it is left behind and nothing else is touched.
+Guarantee: what a demo starts can be told apart from everything else on the machine, by DTR_HOME in its environment or by the folder it
+works in (a server may overwrite its environment with its title), so that nothing of it is left behind and nothing else is touched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dtr.stack.processes import ProcessId
 
 __all__ = ["Workplace", "clean_environment", "free_port", "memory_base"]
 
-SHARED_MEMORY: Final = Path("/dev/shm")
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - folders in it are made by mkdtemp, for this user alone
 _PREFIX: Final = "dtr-demo-"
 _LAUNCHER_VARIABLES: Final = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
 _ONE_THREAD: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -143,13 +143,13 @@ class Workplace:
         return {**base, **chosen}
 
     def running(self) -> list[ProcessId]:
-        """The processes that were started in this demo's environment and are alive."""
-        return list(_processes_with(f"DTR_HOME={self.home}"))
+        """The processes of this demo that are alive, this one excepted."""
+        return list(_processes_of(self.home, self.folder))
 
     def remains(self) -> list[str]:
         """What is in memory that somebody should have removed: anything but the staging folder, which serves whoever comes next."""
         left = [path for path in self.memory.rglob("*") if not path.is_dir() and self.staging not in path.parents]
-        left += [path for path in self.staging.glob(".launchers/*")]
+        left += self.staging.glob(".launchers/*")
         return sorted(str(path.relative_to(self.memory)) for path in left)
 
     def clear(self, *, keep: bool) -> None:
@@ -168,12 +168,14 @@ def _free_bytes(folder: Path) -> int | None:
         return None
 
 
-def _processes_with(variable: str) -> Iterator[ProcessId]:
-    """Processes of this user that were started with this variable; those of others cannot be ours."""
-    wanted = variable.encode()
+def _processes_of(home: Path, folder: Path) -> Iterator[ProcessId]:
+    """Processes of this user that were started with this home, or work in the folder; those of others cannot be ours."""
+    wanted = f"DTR_HOME={home}".encode()
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
-        with contextlib.suppress(OSError):
-            if wanted in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0") and (found := processes.identify(int(entry))):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            place = Path("/proc", entry)
+            ours = Path(os.readlink(place / "cwd")).is_relative_to(folder) or wanted in (place / "environ").read_bytes().split(b"\0")
+            if ours and (found := processes.identify(int(entry))) is not None:
                 yield found

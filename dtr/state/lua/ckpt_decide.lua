@@ -4,49 +4,35 @@
 --   1 meta        hash    the job's state
 --   2 lineage     hash    run -> last step
 --   3 ckpt        hash    the checkpoint
---   4 ckpts       zset    the index
---   5 open_ckpts  zset    those without a decision
---   6 events      stream  for people and handles
+--   4 open_ckpts  zset    those without a decision
+--   5 events      stream  for people and handles
 -- ARGV
 --   1 run         string  of the checkpoint
 --   2 step        integer of the checkpoint
 --   3 decision    string  commit or abort
 --   4 reason      string  of an abort
 --   5 size_bytes  integer of all parts
---   6 world_size  integer of the run
---   7 replicated  integer 1: one part holds all
---   8 store       string  URL without secrets
---   9 created_at  integer ms
---  10 read_at     integer ms of the server's clock before the record was read, 0 if not known
--- RETURNS {state} after the call; {'UNKNOWN', now_ms}: Redis does not know this checkpoint, so read the record again (it may have
---   been retired since) and come back within 10 s with now_ms as read_at
+-- RETURNS the state of the checkpoint after the call; UNKNOWN if Redis has none: it was forgotten, or retired while the caller slept
 -- ERRORS STATE_LOST RECOVERING CKPT_STATE
--- WRITES meta ckpt ckpts open_ckpts events
+-- WRITES meta ckpt open_ckpts events
 -- IDEMPOTENT a decided checkpoint does not change
 -- INCLUDE now integer state event lineage
-local meta, lineage, ckpt, ckpts, open_ckpts, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local meta, lineage, ckpt, open_ckpts, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local run, step, decision, reason, size_bytes = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local world_size, replicated, store, created_at, read_at = ARGV[6], ARGV[7], ARGV[8], ARGV[9], tonumber(ARGV[10])
 
 local known = redis.call('HMGET', meta, 'state_id', 'phase', 'last_run', 'latest')
 local lost = state_error(known[1], known[2], known[1])
 if lost then return lost end
-local now = now_ms()
 local state = redis.call('HGET', ckpt, 'state')
-if not state and now - read_at > 10000 then return {'UNKNOWN', integer(now)} end
+if not state then return 'UNKNOWN' end
 if state == 'COMMITTED' or state == 'ABANDONED' or state == 'ABORTED' then
   if (state == 'ABORTED') ~= (decision == 'abort') then
     return redis.error_reply('CKPT_STATE run ' .. run .. ' step ' .. step .. ' is ' .. state .. ', its record in the store says ' .. decision)
   end
   redis.call('ZREM', open_ckpts, run .. '/' .. step)
-  return {state}
+  return state
 end
 
-if not state then
-  redis.call('HSET', ckpt, 'world_size', world_size, 'expected', replicated == '1' and 1 or world_size, 'replicated', replicated,
-    'store', store, 'created_at', created_at)
-  redis.call('ZADD', ckpts, step, run .. '/' .. step)
-end
 local verdict = 'ABORTED'
 if decision == 'commit' then
   verdict = 'COMMITTED'
@@ -54,7 +40,7 @@ if decision == 'commit' then
     verdict, reason = 'ABANDONED', 'the job went on from an earlier step'
   end
 end
-redis.call('HSET', ckpt, 'state', verdict, 'reason', reason, 'decided_at', integer(now), 'size_bytes', size_bytes)
+redis.call('HSET', ckpt, 'state', verdict, 'reason', reason, 'decided_at', integer(now_ms()), 'size_bytes', size_bytes)
 redis.call('ZREM', open_ckpts, run .. '/' .. step)
 if verdict == 'COMMITTED' then
   local latest_run, latest_step = string.match(known[4] or '', '^(.+)/(%d+)$')
@@ -64,4 +50,4 @@ if verdict == 'COMMITTED' then
   if behind then redis.call('HSET', meta, 'latest', run .. '/' .. step) end
 end
 emit(events, 'ckpt_' .. string.lower(verdict), 'run', run, 'step', step, 'size_bytes', size_bytes, 'reason', reason)
-return {verdict}
+return verdict

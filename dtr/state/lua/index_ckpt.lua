@@ -29,7 +29,7 @@ local ckpts, open_ckpts, events = KEYS[5], KEYS[6], KEYS[7]
 local state_id, run, step, decision, reason, world_size = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local replicated, store, created_at, size_bytes = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 
-local known = redis.call('HMGET', meta, 'state_id', 'last_run', 'latest')
+local known = redis.call('HMGET', meta, 'state_id', 'last_run', 'latest', 'phase')
 if known[1] ~= state_id then return redis.error_reply('STATE_LOST Redis lost the state while it was filled') end
 local state = redis.call('HGET', ckpt, 'state')
 if state == 'COMMITTED' or state == 'ABANDONED' or state == 'ABORTED' then return state end
@@ -49,9 +49,13 @@ redis.call('ZADD', ckpts, step, run .. '/' .. step)
 redis.call('ZREM', open_ckpts, run .. '/' .. step)
 if verdict == 'COMMITTED' then
   local latest_run, latest_step = string.match(known[3] or '', '^(.+)/(%d+)$')
-  if not latest_run or (latest_run == run and tonumber(latest_step) < tonumber(step)) then
+  local bound = latest_run and redis.call('HGET', lineage, latest_run)
+  if not latest_run or not on_lineage(bound, known[2], latest_run, tonumber(latest_step)) or tonumber(latest_step) < tonumber(step)
+    or (tonumber(latest_step) == tonumber(step) and (redis.call('HGET', lineage, run) or '') == '') then
     redis.call('HSET', meta, 'latest', run .. '/' .. step)
   end
 end
-if state then emit(events, 'ckpt_' .. string.lower(verdict), 'run', run, 'step', step, 'size_bytes', size_bytes, 'reason', reason) end
+if state or known[4] == 'READY' then
+  emit(events, 'ckpt_' .. string.lower(verdict), 'run', run, 'step', step, 'size_bytes', size_bytes, 'reason', reason)
+end
 return verdict

@@ -1,0 +1,188 @@
+"""What a run continues: fixed once, before its first part is published and before any rank returns from a collective restore.
+
+    run_base CUT      Redis: the lineage ends at the base from now on, so a late commit of another branch is ABANDONED
+    runs/RUN.json     store: put-if-absent
+    run_base SET      Redis: the record is in the store
+
+Killed after CUT, nothing is in the store, and the next run starts from the lineage as cut, at a checkpoint that was verified. Killed after
+the record, the store names a run that saved nothing, and its chain is right. In both cases every rank of the run is still waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from dtr.checkpoint.candidates import name_of, newest_commit
+from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain
+from dtr.checkpoint.manifest import RunRecord
+from dtr.checkpoint.rebuild import rebuild_missing
+from dtr.checkpoint.survey import lineage_of, links_of, read_record, record_key, records, survey
+from dtr.errors import AlreadyExists, CheckpointConflict, CheckpointError, NotFound, StoreRefused, StoreUnavailable, UnsavedLineage
+from dtr.failpoints import failpoint
+from dtr.session import Session
+from dtr.state.client import translate
+from dtr.state.job import JobState
+from dtr.store import Store
+
+__all__ = ["Held", "fix", "held", "settle"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What Redis says of a run: ``state`` is NONE, CUT or SET."""
+
+    state: str
+    base: Checkpoint | None
+    store: str
+
+
+def held(state: JobState, run: str) -> Held:
+    """What ``run`` continues, as Redis has it."""
+    with translate(state.url):
+        base_state, base_run, base_step, store = state.redis.hmget(state.keys.run(run), ["base_state", "base_run", "base_step", "store"])
+    base = (base_run, int(base_step)) if base_run and base_step else None
+    return Held(state=base_state or "NONE", base=base, store=store or "")
+
+
+def fix(session: Session, store: Store, url: str, base: Checkpoint | None, *, patience_s: float) -> None:
+    """Make ``base`` (None: nothing) what the session's run continues; returns when it is SET. Any rank may call it; the first wins.
+
+    Args:
+        session: in the run.
+        store: of the job.
+        url: of the store as users name it, for the records.
+        base: the checkpoint that was restored.
+        patience_s: how long a store that is away is tried.
+
+    Raises:
+        CheckpointConflict: the run continues something else.
+        RosterChanged: the run ended.
+    """
+    holdings = survey(store)
+    found = records(store, holdings)
+    links = links_of(found)
+    lineage = lineage_of(store, url, holdings, session.state)
+    run = session.run.id
+    if base is None or lineage.takes(*base):
+        after = lineage.after(run, base)
+    else:
+        after = chain({**links, run: Link(run=run, parent_run=base[0], parent_step=base[1])}, run)
+    newest_ms = max((link.created_at_ms for name, link in links.items() if name != run), default=0)
+    base_at_ms = int(_step(session, "CUT", base, url, newest_ms, after)[3])
+    failpoint("restore.before_record")
+    _put(session, store, _record(session, base, url, base_at_ms), patience_s)
+    failpoint("restore.after_record")
+    try:
+        did = _step(session, "SET", base, url, newest_ms, after)[4]
+    except CheckpointError as exc:
+        if exc.facts.get("code") != "CKPT_STATE":
+            raise
+        log.warning("Redis lost the cut of run %s: cutting again", run)  # a failover; the record in the store stands
+        _step(session, "CUT", base, url, newest_ms, after)
+        did = _step(session, "SET", base, url, newest_ms, after)[4]
+    failpoint("restore.after_base")
+    if did:
+        log.info("run %s continues %s", run, name_of(*base) if base else "nothing: a fresh start")
+
+
+def settle(session: Session, store: Store, url: str, *, restored: Checkpoint | None, fresh: bool) -> None:
+    """Fix the base at the first save of a run that nobody restored collectively; returns when it is SET.
+
+    Args:
+        session, store, url: as for :func:`fix`.
+        restored: what this process restored before the run had a base.
+        fresh: start anew on purpose, though the store holds checkpoints.
+
+    Raises:
+        UnsavedLineage: nothing was restored, and the store holds checkpoints of the job.
+        CheckpointConflict: the run continues something else, or saves into another store.
+        StoreUnavailable, CoordinatorUnavailable: try again later.
+    """
+    now = held(session.state, session.run.id)
+    if now.state != "NONE" and now.store != url:
+        raise CheckpointConflict(f"run {session.run.id} saves into {now.store}, this manager into {url}: a run has one store")
+    if now.state == "SET":
+        return
+    if now.state == "CUT":  # another rank is about to set it: whoever comes may finish that
+        fix(session, store, url, now.base, patience_s=0)
+        return
+    store.probe()
+    rebuild_missing(session.state, store, url)
+    if restored is None and not fresh:
+        decided = survey(store).decided
+        newest = newest_commit(store, sorted(decided, reverse=True))
+        if newest is not None:
+            raise UnsavedLineage(
+                f"{url} holds checkpoints of job {session.settings.job}, such as {name_of(*newest)}, and run {session.run.id} restored "
+                "none: call restore() before the first save, or pass fresh=True to the manager to start anew on purpose",
+                run=session.run.id,
+            )  # fmt: skip
+    fix(session, store, url, restored, patience_s=0)
+
+
+def _step(session: Session, phase: str, base: Checkpoint | None, url: str, newest_ms: int, after: Lineage) -> Any:
+    keys, who, run, settings = session.state.keys, session.identity, session.run, session.settings
+    base_run, base_step = base if base is not None else ("", "")
+    ancestors = [word for pair in after.ancestors() for word in pair]
+    return session.guarded(
+        lambda: session.state.call(
+            "run_base",
+            [
+                keys.meta, keys.roster, keys.run(run.id), keys.restore(run.id), keys.ckpt(*(base or (run.id, 0))), keys.lineage, keys.wake,
+                keys.events,
+            ],
+            [
+                who.state_id, run.id, who.worker_id, run.rank, run.roster[who.worker_id].incarnation, phase, base_run, base_step, url,
+                newest_ms, settings.keep_last, int(settings.reader_grace_s * 1000), *ancestors,
+            ],
+        )
+    )  # fmt: skip
+
+
+def _record(session: Session, base: Checkpoint | None, url: str, base_at_ms: int) -> RunRecord:
+    run = session.run
+    return RunRecord(
+        job=session.settings.job,
+        run=run.id,
+        parent_run=base[0] if base else None,
+        parent_step=base[1] if base else None,
+        world_size=run.world_size,
+        roster={worker: f"{member.rank} {member.incarnation} {member.host}" for worker, member in run.roster.items()},
+        store=url,
+        created_at=base_at_ms,
+    )
+
+
+def _put(session: Session, store: Store, record: RunRecord, patience_s: float) -> None:
+    """Put the run's record; a put whose outcome is unknown is read back and compared, never repeated blindly."""
+    clock = session.clock
+    deadline, pause_s = clock.monotonic() + patience_s, 0.1
+    while True:
+        try:
+            try:
+                store.put(record_key(record.run), record.encode(), if_absent=True)
+            except AlreadyExists:
+                _compare(read_record(store, record.run), record)
+            return
+        except StoreRefused:
+            raise
+        except (StoreUnavailable, NotFound) as exc:
+            if clock.monotonic() > deadline:
+                raise
+            log.warning("the record of run %s is not in the store yet: %s", record.run, exc)
+        session.check()
+        clock.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2.0, pause_s * 2)
+
+
+def _compare(there: RunRecord, ours: RunRecord) -> None:
+    if (there.parent_run, there.parent_step) != (ours.parent_run, ours.parent_step):
+        raise CheckpointConflict(
+            f"the store says that run {ours.run} continues {there.parent_run}/{there.parent_step}, this rank would continue "
+            f"{ours.parent_run}/{ours.parent_step}", run=ours.run,
+        )  # fmt: skip

@@ -1,0 +1,144 @@
+"""What a store holds of one job, and the lineage that it tells. The store is the truth; Redis is asked only where it is the index of it.
+
+    runs/RUN.json                     what the run continues, and its roster
+    runs/RUN/STEP/manifest.json       the decision about one checkpoint
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of
+from dtr.checkpoint.manifest import Manifest, RunRecord
+from dtr.errors import CoordinatorUnavailable, ManifestInvalid, NotFound, StateCorrupt
+from dtr.state.client import translate
+from dtr.state.job import JobState
+from dtr.store import Store
+
+__all__ = ["Holdings", "known_runs", "lineage_in_store", "lineage_of", "manifest_key", "read_manifest", "read_record", "record_key", "survey"]
+
+log = logging.getLogger(__name__)
+
+_RECORD: Final = re.compile(r"runs/([^/]+)\.json")
+_MANIFEST: Final = re.compile(r"runs/([^/]+)/(\d+)/manifest\.json")
+
+
+def record_key(run: str) -> str:
+    """Where a run's record lies in the job's store."""
+    return f"runs/{run}.json"
+
+
+def manifest_key(run: str, step: int) -> str:
+    """Where the decision about a checkpoint lies in the job's store."""
+    return f"runs/{run}/{step:012d}/manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """The names in one job's store: runs that have a record, and checkpoints that have a decision."""
+
+    runs: frozenset[str]
+    decided: frozenset[Checkpoint]
+
+
+def survey(store: Store) -> Holdings:
+    """List the job's store."""
+    runs: set[str] = set()
+    decided: set[Checkpoint] = set()
+    for key in store.list("runs"):
+        if (found := _RECORD.fullmatch(key)) is not None:
+            runs.add(found[1])
+        elif (found := _MANIFEST.fullmatch(key)) is not None and key == manifest_key(found[1], int(found[2])):
+            decided.add((found[1], int(found[2])))
+    return Holdings(runs=frozenset(runs), decided=frozenset(decided))
+
+
+def read_manifest(store: Store, run: str, step: int) -> Manifest:
+    """The decision about a checkpoint, checked; raises NotFound or ManifestInvalid."""
+    manifest = Manifest.parse(store.get(manifest_key(run, step)))
+    if (manifest.run, manifest.step) != (run, step):
+        raise ManifestInvalid(f"{manifest_key(run, step)} is about run {manifest.run} step {manifest.step}")
+    return manifest
+
+
+def read_record(store: Store, run: str) -> RunRecord:
+    """The record of a run, checked; raises NotFound or ManifestInvalid."""
+    record = RunRecord.parse(store.get(record_key(run)))
+    if record.run != run:
+        raise ManifestInvalid(f"{record_key(run)} is about run {record.run}")
+    return record
+
+
+def records(store: Store, holdings: Holdings) -> dict[str, RunRecord]:
+    """Every run's record; one that is damaged is left out, and said so."""
+    found: dict[str, RunRecord] = {}
+    for run in sorted(holdings.runs):
+        try:
+            found[run] = read_record(store, run)
+        except (ManifestInvalid, NotFound) as exc:
+            log.error("the record of run %s cannot be used, so the lineage may end there: %s", run, exc)
+    return found
+
+
+def links_of(found: Mapping[str, RunRecord]) -> dict[str, Link]:
+    """What each run continues."""
+    return {
+        run: Link(run=run, parent_run=record.parent_run or "", parent_step=record.parent_step, created_at_ms=record.created_at)
+        for run, record in found.items()
+    }
+
+
+def lineage_in_store(links: Mapping[str, Link]) -> Lineage:
+    """The lineage as the store alone tells it: that of the newest run with a record."""
+    return chain(links, head_of(links.values()))
+
+
+def known_runs(state: JobState, runs: frozenset[str]) -> frozenset[str]:
+    """Those of ``runs`` that Redis knows with what they continue."""
+    ordered = sorted(runs)
+    with translate(state.url):
+        pipeline = state.redis.pipeline(transaction=False)
+        for run in ordered:
+            pipeline.hget(state.keys.run(run), "base_state")
+        states = pipeline.execute()
+    return frozenset(run for run, base_state in zip(ordered, states, strict=True) if base_state == "SET")
+
+
+def lineage_in_index(state: JobState) -> tuple[Lineage, str]:
+    """The lineage as Redis has it, and the URL of the store that it lies in; '' if there is none."""
+    try:
+        with translate(state.url):
+            held: dict[str, str] = state.redis.hgetall(state.keys.lineage)
+            runs = sorted(held)
+            pipeline = state.redis.pipeline(transaction=False)
+            for run in runs:
+                pipeline.hmget(state.keys.run(run), ["base_run", "base_step", "store"])
+            facts = dict(zip(runs, pipeline.execute(), strict=True))
+        links = {
+            run: Link(run=run, parent_run=parent or "", parent_step=int(step) if step else None) for run, (parent, step, _) in facts.items()
+        }
+        lineage = from_index(held, links)
+    except ValueError as exc:
+        raise StateCorrupt(f"{state.keys.lineage} or a run's hash holds what is no step: {exc}") from exc
+    return lineage, (facts[lineage.head][2] or "") if lineage.head else ""
+
+
+def lineage_of(store: Store, store_url: str, holdings: Holdings, state: JobState | None) -> Lineage:
+    """The job's lineage in this store.
+
+    Redis's, if it is about this store and knows every run in it: it is the first to learn of a cut. Else what the store tells: Redis
+    is empty, older than the store, about another store, or away.
+    """
+    if state is not None:
+        try:
+            lineage, where = lineage_in_index(state)
+            if where == store_url and known_runs(state, holdings.runs) >= holdings.runs:
+                return lineage
+            log.info("Redis does not index %s in full: going by the store's own records", store_url)
+        except CoordinatorUnavailable as exc:
+            log.warning("going by the store's own records, because %s", exc)
+    return lineage_in_store(links_of(records(store, holdings)))

@@ -1,0 +1,366 @@
+"""The uploader's work on one part: claim it, carry its bytes from the slot to the store, record it, and decide what became complete.
+
+    claim (lease, nonce) -> shared lock on the slot -> checksum -> put if absent under the nonce's key -> record -> settle -> free slots
+
+Killed between any two lines: the claim's lease lapses and the next uploader begins under a new nonce; what was put before is in nobody's
+manifest, and is deleted when the checkpoint is decided. Stopped, and continued when everything is over: the slot could not be reused
+meanwhile, and neither the put, the record nor the manifest of a late uploader replaces anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from dtr.checkpoint import checksum, parts
+from dtr.checkpoint.commit import discard, object_key, settle
+from dtr.checkpoint.parts import Claim, Fence, Spec, StagedPart
+from dtr.checkpoint.rebuild import rebuild, rebuild_missing
+from dtr.checkpoint.slots import Found, Reading, SlotRecord, finish, open_for_reading, scan_job
+from dtr.errors import (
+    CheckpointConflict,
+    CheckpointError,
+    CoordinatorUnavailable,
+    DtrError,
+    Recovering,
+    RunUnknown,
+    SlotUnavailable,
+    StateLost,
+    StoreUnavailable,
+    Unavailable,
+)
+from dtr.failpoints import failpoint
+from dtr.membership import open_state
+from dtr.state.job import JobState
+from dtr.store import Store, open_store
+
+__all__ = ["Stopping", "Uploader", "register_slot"]
+
+log = logging.getLogger(__name__)
+
+_LONGEST_RETRY_S: Final = 30.0
+_RECORD_FOR_S: Final = 300.0  # how long a part that is in the store waits for Redis before it is given up and uploaded anew
+_DECIDED: Final = {"COMMITTED": "committed", "ABORTED": "aborted", "ABANDONED": "abandoned"}
+
+
+class Stopping(Exception):
+    """The worker is being shut down: give the claim back."""
+
+
+class _LeaseLost(Exception):
+    """Another uploader has this part, or the checkpoint is over."""
+
+
+def register_slot(state: JobState, record: SlotRecord) -> parts.Placed:
+    """Make a complete slot known to Redis; see ``parts.register``."""
+    return parts.register(
+        state,
+        Spec(
+            run=record.run,
+            step=record.step,
+            world_size=record.world_size,
+            store=record.store,
+            replicated=record.replicated,
+            writer=record.rank,
+        ),
+        Fence(rank=record.rank, worker=record.worker, incarnation=record.incarnation, host=record.host),
+        StagedPart(size_bytes=record.size_bytes, save=record.save),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long and how often."""
+
+    lease_s: float = 10.0
+    max_attempts: int = 5
+    mbps: float | None = None
+
+
+class Uploader:
+    """Carries the parts of one host. Holds connections, so each process makes its own; not for use by two threads at once.
+
+    Args:
+        redis_url: the coordinator.
+        staging: this host's staging folder.
+        host: its id.
+        limits: of leases, attempts and bandwidth.
+        stopping: asked between pieces; True ends an upload within one piece.
+    """
+
+    def __init__(
+        self,
+        *,
+        redis_url: str,
+        staging: str,
+        host: str,
+        limits: Limits = Limits(),
+        stopping: Callable[[], bool] = lambda: False,  # noqa: B008
+    ) -> None:
+        self.redis_url, self.staging, self.host, self.limits = redis_url, staging, host, limits
+        self._stopping = stopping
+        self._states: dict[str, JobState] = {}
+        self._stores: dict[tuple[str, str], Store] = {}
+
+    def upload_part(self, job: str, run: str, step: int, rank: int) -> str:
+        """Upload one part, unless somebody else does or did; returns a word about what was found or done.
+
+        CLAIMED becomes the checkpoint's state afterwards; else BUSY, LATER, ELSEWHERE, UNKNOWN (nothing staged here), WAITS (the run's
+        base is not on record yet), LOST (others were faster, or the checkpoint is over), RELEASED (an error that is on the part now).
+        """
+        state, token = self._state(job), f"{self.host}:{os.getpid()}:{secrets.token_hex(4)}"
+        answer = self._claim(state, run, step, rank, token)
+        if answer.answer == "NONE" and answer.state in {"", "WRITING"}:
+            word = self._register(state, job, run, step, rank)
+            if word:
+                return word
+            answer = self._claim(state, run, step, rank, token)
+        if answer.answer == "CLAIMED":
+            failpoint("upload.after_claim")
+            return self._carry(state, run, step, rank, token, answer)
+        if answer.answer in {"DONE", "NONE"}:
+            return self.settle(job, run, step) or answer.answer
+        return answer.answer
+
+    def settle(self, job: str, run: str, step: int) -> str:
+        """Decide a checkpoint that is complete or cannot become so, and free this host's slots of it; returns its state."""
+        state = self._state(job)
+        view = parts.read(state, run, step)
+        if view is None:
+            return ""
+        now = view.state
+        if now in {"SEALED", "ABORTING"}:
+            now = settle(state, self._store(view.store, job), run, step)
+        if now in _DECIDED:
+            self.free(job, run, step, _DECIDED[now], view.reason, saves={part.save for part in view.parts.values()})
+        return now
+
+    def free(self, job: str, run: str, step: int, outcome: str, reason: str, *, saves: set[str]) -> None:
+        """Finish this host's slots of a decided checkpoint; what is being read just now is left to the reconciler."""
+        for found in scan_job(self.staging, job):
+            record = found.record
+            if found.kind == "STAGED" and record is not None and (record.run, record.step) == (run, step) and record.save in saves:
+                finish(found, outcome, reason)
+
+    def close(self) -> None:
+        """Close all connections."""
+        for state in self._states.values():
+            state.close()
+        for store in self._stores.values():
+            store.close()
+        self._states.clear()
+        self._stores.clear()
+
+    # --- claiming ---
+
+    def _claim(self, state: JobState, run: str, step: int, rank: int, token: str) -> Claim:
+        def ask() -> Claim:
+            return parts.claim(
+                state,
+                run,
+                step,
+                rank,
+                host=self.host,
+                token=token,
+                nonce=secrets.token_hex(4),
+                lease_ms=int(self.limits.lease_s * 1000),
+                max_attempts=self.limits.max_attempts,
+            )
+
+        try:
+            return ask()
+        except (StateLost, Recovering):
+            self._recover(state, run, step, rank)
+            return ask()
+
+    def _register(self, state: JobState, job: str, run: str, step: int, rank: int) -> str:
+        """Tell Redis of the slot that a message names; '' if it knows it now."""
+        found = self._slot(job, run, step, rank)
+        if found is None or found.record is None:
+            return "UNKNOWN"
+        try:
+            try:
+                register_slot(state, found.record)
+            except RunUnknown:
+                rebuild_missing(state, self._store(found.record.store, job), found.record.store)
+                register_slot(state, found.record)
+        except (RunUnknown, Recovering) as exc:
+            log.warning("run %s step %d rank %d stays staged: %s", run, step, rank, exc)
+            return "UNKNOWN"
+        except CheckpointError as exc:
+            if exc.facts.get("code") == "CKPT_STATE":
+                log.info("run %s step %d rank %d waits: %s", run, step, rank, exc)
+                return "WAITS"
+            log.warning("run %s step %d rank %d is of no use: %s", run, step, rank, exc)
+            finish(found, "refused", str(exc))
+            return "LOST"
+        return ""
+
+    def _recover(self, state: JobState, run: str, step: int, rank: int) -> None:
+        """Redis was emptied, or is being filled: fill it from the store that the slot names, or wait for whoever does."""
+        found = self._slot(state.job, run, step, rank)
+        store_url = found.record.store if found is not None and found.record is not None else None
+
+        def fill(state_id: str) -> int:
+            return rebuild(state, store_url, state_id=state_id) if store_url else 0
+
+        open_state(state, recover=fill, timeout_s=20)
+
+    def _slot(self, job: str, run: str, step: int, rank: int, save: str = "") -> Found | None:
+        for found in scan_job(self.staging, job):
+            record = found.record
+            if found.kind != "STAGED" or record is None or (record.run, record.step, record.rank) != (run, step, rank):
+                continue
+            if not save or record.save == save:
+                return found
+        return None
+
+    # --- carrying ---
+
+    def _carry(self, state: JobState, run: str, step: int, rank: int, token: str, claim: Claim) -> str:
+        """Upload a claimed part. Whatever ends it is on the part afterwards, for people and for the next uploader."""
+        error, retry_s, counts = "", 0.0, False
+        try:
+            return self._upload(state, run, step, rank, token, claim)
+        except Stopping:
+            error = "its uploader was shut down"
+        except _LeaseLost:
+            return "LOST"
+        except SlotUnavailable as exc:
+            error, retry_s = str(exc), 0.5
+        except StoreUnavailable as exc:
+            error, retry_s = str(exc), self._pause_s(claim.failures)
+        except Unavailable as exc:
+            error = str(exc)
+        except Exception as exc:  # whatever it is, it must neither end the worker nor be tried for ever
+            error, retry_s, counts = f"{type(exc).__name__}: {exc}", self._pause_s(claim.failures), True
+            log.exception("run %s step %d rank %d: upload failed", run, step, rank)
+        log.warning("run %s step %d rank %d: upload ended, next in %.1f s: %s", run, step, rank, retry_s, error)
+        try:
+            parts.release(state, run, step, rank, token=token, error=error, retry_ms=int(retry_s * 1000), counts=counts)
+        except DtrError as exc:
+            log.info("the claim lapses by itself, because %s", exc)
+        return "RELEASED"
+
+    @staticmethod
+    def _pause_s(failures: int) -> float:
+        """Full jitter below a bound that doubles: uploaders that a store threw off do not come back together."""
+        return random.uniform(0.25, 1.0) * min(0.5 * 2.0 ** min(failures, 10), _LONGEST_RETRY_S)
+
+    def _upload(self, state: JobState, run: str, step: int, rank: int, token: str, claim: Claim) -> str:
+        found = self._slot(state.job, run, step, rank, claim.save)
+        if found is None:
+            parts.lose(state, run, step, rank, seen="staged", reason=f"rank {rank}: its staged bytes are gone from host {self.host}")
+            return self.settle(state.job, run, step)
+        with open_for_reading(found) as reading:
+            store = self._store(reading.record.store, state.job)
+            store.probe()
+            key = object_key(run, step, rank, reading.record.incarnation, claim.nonce)
+            with _Lease(state, run, step, rank, token, self.limits, self._stopping) as lease:
+                digest = checksum.of(reading.buffer)
+                store.put_file(key, reading.descriptor, reading.record.size_bytes, if_absent=True, progress=lease.progress)
+            failpoint("upload.after_put")
+            now, why = self._record(state, reading, key, digest, claim)
+        failpoint("upload.after_part_done")
+        if now == "LOST":
+            log.warning("run %s step %d rank %d: this upload came too late: %s", run, step, rank, why)
+            discard(store, run, step, key)
+            return "LOST"
+        return self.settle(state.job, run, step)
+
+    def _record(self, state: JobState, reading: Reading, key: str, digest: str, claim: Claim) -> tuple[str, str]:
+        """Record the part, waiting for a Redis that is away: its bytes are in the store, and sending them again costs more."""
+        record, deadline, pause_s = reading.record, time.monotonic() + _RECORD_FOR_S, 0.1
+        while True:
+            try:
+                return parts.done(
+                    state,
+                    record.run,
+                    record.step,
+                    record.rank,
+                    nonce=claim.nonce,
+                    object=key,
+                    size_bytes=record.size_bytes,
+                    checksum=digest,
+                )
+            except CheckpointConflict as exc:
+                return "LOST", str(exc)
+            except StateLost as exc:
+                return "LOST", str(exc)
+            except (CoordinatorUnavailable, Recovering):
+                if self._stopping() or time.monotonic() > deadline:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, 2.0)
+
+    # --- connections ---
+
+    def _state(self, job: str) -> JobState:
+        if job not in self._states:
+            self._states[job] = JobState(self.redis_url, job, name="dtr-upload")
+        return self._states[job]
+
+    def _store(self, url: str, job: str) -> Store:
+        if (url, job) not in self._stores:
+            self._stores[url, job] = open_store(url).child(job)
+        return self._stores[url, job]
+
+
+class _Lease:
+    """Renews a claim from a thread of its own while the block runs; ``progress`` ends the block when the claim is lost."""
+
+    def __init__(self, state: JobState, run: str, step: int, rank: int, token: str, limits: Limits, stopping: Callable[[], bool]) -> None:
+        self._state, self._part, self._token, self._limits, self._stopping = state, (run, step, rank), token, limits, stopping
+        self._done_bytes, self._began_s = 0, time.monotonic()
+        self._over, self._lost = threading.Event(), False
+        self._thread = threading.Thread(target=self._renew, name="dtr-lease", daemon=True)
+
+    def progress(self, done_bytes: int) -> None:
+        """Called between two pieces, in the uploading thread."""
+        if self._done_bytes == 0:
+            failpoint("upload.mid_put")
+        self._done_bytes = done_bytes
+        while True:
+            if self._lost:
+                raise _LeaseLost
+            if self._stopping():
+                raise Stopping
+            ahead_s = 0.0
+            if self._limits.mbps is not None:
+                ahead_s = done_bytes / (self._limits.mbps * 1e6) - (time.monotonic() - self._began_s)
+            if ahead_s <= 0:
+                return
+            time.sleep(min(ahead_s, 0.2))
+
+    def _renew(self) -> None:
+        trouble = ""
+        while not self._over.wait(self._limits.lease_s / 3):
+            try:
+                held = parts.renew(
+                    self._state, *self._part, token=self._token, lease_ms=int(self._limits.lease_s * 1000), progress_bytes=self._done_bytes
+                )
+            except DtrError as exc:  # nobody can take the part while nobody reaches Redis; afterwards the nonce keeps us apart
+                if str(exc) != trouble:
+                    log.warning("run %s step %d rank %d: its lease is not renewed: %s", *self._part, exc)
+                trouble = str(exc)
+                continue
+            trouble = ""
+            if not held:
+                self._lost = True
+                return
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()

@@ -1,0 +1,141 @@
+"""``python -m worker_agent.demo``: the demo's own process, which ``dtr demo`` becomes.
+
+Exit status: 0, 1 if a check or the demo itself failed, 2 to 5 as of every command of dtr, 130 after Ctrl-C, by which time
+everything that was started has ended and every folder is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import worker_agent
+from dtr.config import Settings
+from dtr.errors import DtrError
+from worker_agent.demo.checks import Check
+from worker_agent.demo.director import Outcome, direct
+from worker_agent.demo.figures import Figures
+from worker_agent.demo.gradients import file_bytes
+from worker_agent.demo.interrupts import Interrupts
+from worker_agent.demo.model import Shape
+from worker_agent.demo.options import Options
+from worker_agent.demo.report import Report, conclude, open_report
+from worker_agent.demo.workplace import Workplace, clean_environment, free_port, installed_packages
+
+__all__ = ["main"]
+
+JOB: Final = "demo"
+_DEFAULT: Final = Options()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; ``dtr demo`` has the same options, save those for tests."""
+    made = argparse.ArgumentParser(prog="dtr demo", description=__doc__)
+    made.add_argument("--workers", type=int, default=_DEFAULT.workers)
+    made.add_argument("--steps", type=int, default=_DEFAULT.steps)
+    made.add_argument("--store", metavar="URL")
+    made.add_argument("--no-kill", dest="kill", action="store_false")
+    made.add_argument("--keep", action="store_true")
+    made.add_argument("--json", action="store_true")
+    made.add_argument("--hidden", type=int, default=_DEFAULT.hidden, help=argparse.SUPPRESS)
+    made.add_argument("--corpus-bytes", type=int, default=_DEFAULT.corpus_bytes, help=argparse.SUPPRESS)
+    made.add_argument("--rejoin-after", dest="rejoin_after_s", type=float, default=_DEFAULT.rejoin_after_s, help=argparse.SUPPRESS)
+    return made
+
+
+def settings_of(place: Workplace, options: Options, *, port: int, stamp: str) -> Settings:
+    """The settings of everything that the demo starts; the user's own are not looked at.
+
+    Raises:
+        ConfigError, InvalidInput: the store's URL is wrong.
+    """
+    return Settings.load(
+        environ={},
+        config_file=os.devnull,
+        redis_url=f"redis://127.0.0.1:{port}/0",
+        job=JOB,
+        store=options.store_in(str(place.store), stamp),
+        staging=str(place.staging),
+        settle_s=1.0,  # all start together here; forming again shall not wait for long
+        barrier_timeout_s=120.0,
+        form_timeout_s=120.0,
+        keep_last=0,  # so that every save can be looked at in the end
+    )
+
+
+def needs(options: Options) -> tuple[int, int]:
+    """Bytes in memory and on disk that the demo needs, generously."""
+    width = Shape(hidden=options.hidden).parameters + 1
+    state_bytes = 3 * 4 * width
+    saves = options.steps // options.save_every + 2
+    return file_bytes(options.workers, width) + 2 * 2 * state_bytes, 2 * options.corpus_bytes + saves * state_bytes + (64 << 20)
+
+
+def run(options: Options, interrupts: Interrupts, report: Report) -> Outcome:
+    """Do the demo in folders of its own, and clear them up however it ends."""
+    memory_bytes, disk_bytes = needs(options)
+    place = Workplace.create(memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+    keep = options.keep
+    try:
+        with interrupts.allowed():
+            settings = settings_of(place, options, port=free_port(), stamp=time.strftime(f"{JOB}-%Y%m%d-%H%M%S-{os.getpid()}"))
+            base = clean_environment(os.environ, import_from=Path(worker_agent.__file__).parents[1], installed=installed_packages())
+            os.environ.clear()
+            os.environ.update(place.environment(base, settings))
+            outcome = direct(options, place, settings, report)
+        keep = keep or not outcome.ok
+        return outcome
+    except DtrError:
+        keep = True
+        raise
+    finally:
+        report.close()
+        place.clear(keep=keep)
+        if keep:
+            report.hint("")
+            report.hint(
+                f"kept: {place.folder} (logs, notes of the trainers, the server's data" + (")" if options.store else ", checkpoints)")
+            )
+
+
+def to_json(figures: Figures, checks: Sequence[Check]) -> str:
+    """The outcome for programs."""
+    verdicts = [{"what": check.what, "ok": check.ok, "detail": check.detail} for check in checks]
+    return json.dumps({"name": "demo", "ok": all(check.ok for check in checks), "figures": figures.as_dict(), "checks": verdicts})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo and return the exit status."""
+    interrupts = Interrupts()
+    interrupts.install()
+    args = parser().parse_args(argv)
+    report = open_report(to_stderr=args.json)
+    try:
+        options = Options(**vars(args))
+        killed = "one of them will be killed" if options.kill else "nobody will be killed"
+        report.hint(f"dtr demo: {options.workers} trainers learn to write Python, and {killed}", "bold")
+        outcome = run(options, interrupts, report)
+        conclude(report, outcome.figures.rows(), outcome.checks)
+        if options.store is not None:
+            report.hint(f"the checkpoints stay in {options.store}")
+        if options.json:
+            print(to_json(outcome.figures, outcome.checks))
+        return 0 if outcome.ok else 1
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            report.say("interrupted: everything that the demo started has ended, and its folders are gone")
+        return interrupts.status
+    except DtrError as exc:
+        print(f"dtr demo: {exc.message}", file=sys.stderr)
+        return exc.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

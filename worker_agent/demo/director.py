@@ -1,0 +1,233 @@
+"""Directs the demo: prepares the data, starts the stack and the launcher, watches, kills one trainer, inspects what is left.
+
+Everything is decided elsewhere (`story`, `narrator`, `checks`, `figures`); this is the shell that acts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dtr.config import Settings
+from dtr.errors import DtrError
+from dtr.stack import Stack, Up, processes
+from dtr.state.client import translate
+from dtr.state.job import JobState
+from worker_agent.demo.advice import advice
+from worker_agent.demo.checks import Check, Ending, check_all
+from worker_agent.demo.corpus import library, write_corpus
+from worker_agent.demo.figures import Figures, measure
+from worker_agent.demo.inspection import Inspection, inspect
+from worker_agent.demo.model import Shape
+from worker_agent.demo.narrator import Narrator
+from worker_agent.demo.options import Options
+from worker_agent.demo.records import Notes
+from worker_agent.demo.report import LiveReport, Now, Report
+from worker_agent.demo.story import Kill, Story
+from worker_agent.demo.trainer import Plan
+from worker_agent.demo.workplace import Workplace
+
+__all__ = ["Outcome", "TrainersFailed", "direct"]
+
+_LOOK_EVERY_MS: Final = 100
+_STUCK_S: Final = 150.0  # longer than any wait of a trainer's own
+_END_WITHIN_S: Final = 10.0
+_LOG_LINES: Final = 12
+_FILE_SAMPLES: Final = 20_480
+
+
+class TrainersFailed(DtrError):
+    """The trainers did not get to the end; the message has the end of their log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The numbers and the verdicts."""
+
+    figures: Figures
+    checks: Sequence[Check]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+
+def direct(options: Options, place: Workplace, settings: Settings, report: Report) -> Outcome:
+    """Run the demo; what it started has ended when this returns or raises.
+
+    Args:
+        options: what was asked for.
+        place: its folders.
+        settings: of everything that it starts; also in this process's environment.
+        report: where to say what happens.
+
+    Raises:
+        DtrError: the stack did not start, or the trainers failed.
+        KeyboardInterrupt: as whoever allows it says.
+    """
+    began = time.monotonic()
+    shape = Shape(hidden=options.hidden)
+    corpus = write_corpus(
+        place.corpus, source=library(), sample_bytes=shape.sample_bytes, file_samples=_FILE_SAMPLES, limit_bytes=options.corpus_bytes
+    )
+    report.say(f"data: {corpus.sources} modules of Python's standard library, {corpus.samples:,} samples of {shape.sample_bytes} bytes")
+    plan = Plan(
+        corpus=str(corpus.folder), notes=str(place.notes), memory=str(place.gradients), steps=options.steps, workers=options.workers,
+        save_every=options.save_every, rejoin_after_s=options.rejoin_after_s, shape=shape,
+    )  # fmt: skip
+    report.say("starting Redis, an uploader and Flower")
+    with (
+        Stack(place.home, settings).borrowed() as up,
+        contextlib.closing(JobState(settings.redis_url, settings.job, name="dtr-demo")) as state,
+    ):
+        _tell_where(report, up, place, settings, options)
+        watch = Watch(options, state, place, report)
+        status = watch.until_end(_launcher_command(options, plan))
+        report.say("training is over; looking at every checkpoint from outside the job")
+        found = inspect(settings, state, shape)
+        report.say("ending everything")
+    checks = check_all(watch.story, _ending(options, place, status, found))
+    seconds = time.monotonic() - began
+    if found.sample:
+        report.hint("")
+        report.hint(f"what the restored model writes: {found.sample}")
+    return Outcome(figures=measure(watch.story, found.uploads, workers=options.workers, seconds=seconds), checks=checks)
+
+
+def _tell_where(report: Report, up: Up, place: Workplace, settings: Settings, options: Options) -> None:
+    flower = next((service.address for service in up.record.services if service.name == "flower"), None)
+    server = next((service.address for service in up.record.services if service.name == "redis"), settings.redis_url)
+    report.say(f"up: Redis at {server}" + (f", Flower at {flower}" if flower else ""))
+    report.hint(f"store: {settings.store}" if options.store else f"folder: {place.folder}")
+    report.hint("")
+    for line in advice(settings.redis_url, settings.job, flower, executable=sys.executable, cwd=os.environ.get("PWD", os.getcwd())):
+        report.hint(line, "cyan")
+    report.hint("")
+
+
+def _launcher_command(options: Options, plan: Plan) -> list[str]:
+    elastic = [f"--min={options.fewest_workers}", "--max-restarts=1"] if options.kill else []
+    return [
+        sys.executable, "-m", "worker_agent", "run", f"-n={options.workers}", *elastic, f"--grace={_END_WITHIN_S / 2:g}",
+        "--", sys.executable, "-m", "worker_agent.demo.trainer", plan.encode(),
+    ]  # fmt: skip
+
+
+def _ending(options: Options, place: Workplace, status: int, found: Inspection) -> Ending:
+    return Ending(
+        workers=options.workers,
+        steps=options.steps,
+        kill=options.kill,
+        status=status,
+        verified=found.verified,
+        last_restored=found.restored,
+        last_digest=found.digest,
+        running=[f"process {process.pid}" for process in place.running()],
+        remains=place.remains(),
+    )
+
+
+@contextlib.contextmanager
+def launched(command: Sequence[str], place: Workplace) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the block at the latest, and with this one whatever happens to it."""
+    child = processes.start(command, log=place.launcher_log, cwd=place.folder)
+    itself = processes.identify(child.pid)
+    try:
+        yield child
+    finally:
+        if itself is not None:
+            processes.stop([itself], grace_s=_END_WITHIN_S)
+        child.wait()
+
+
+class Watch:
+    """Watches the trainers, tells the story, and kills one of them when its time has come."""
+
+    def __init__(self, options: Options, state: JobState, place: Workplace, report: Report) -> None:
+        self.story = Story()
+        self._options, self._state, self._place, self._report = options, state, place, report
+        self._notes = Notes(place.notes)
+        self._narrator = Narrator(saves=not isinstance(report, LiveReport))
+        self._event_id = "0-0"
+        self._heard_at = time.monotonic()
+
+    def until_end(self, command: Sequence[str]) -> int:
+        """Start the launcher and watch until it has ended; returns its exit status.
+
+        Raises:
+            TrainersFailed: it failed, or nothing happened for long.
+        """
+        with launched(command, self._place) as child:
+            self._heard_at = time.monotonic()
+            while child.poll() is None:
+                self._look()
+                if time.monotonic() - self._heard_at > _STUCK_S:
+                    raise TrainersFailed(f"nothing has happened for {_STUCK_S:g} s; {self._log_end()}")
+        self._look()
+        self._report.close()
+        if child.returncode != 0:
+            raise TrainersFailed(f"the launcher ended with status {child.returncode}; {self._log_end()}")
+        return child.returncode
+
+    def _look(self) -> None:
+        with translate(self._state.url):
+            answer: Any = self._state.redis.xread({self._state.keys.events: self._event_id}, block=_LOOK_EVERY_MS)
+        for _, entries in answer or ():
+            for entry_id, fields in entries:
+                self._event_id = entry_id
+                if fields.get("event") == "departed":
+                    self.story.departed_ms[fields["worker"]] = float(entry_id.partition("-")[0])
+        for note in self._notes.fresh():
+            self._heard_at = time.monotonic()
+            self.story.add(note)
+        if self._options.kill and self.story.kill is None:
+            self._kill_if_due()
+        for line in self._narrator.fresh(self.story):
+            self._report.say(line.text, line.style)
+        if self.story.run is not None:
+            self._report.show(now_of(self.story, self._options.steps))
+
+    def _kill_if_due(self) -> None:
+        story, options = self.story, self._options
+        run = story.run
+        if run is None or run.world_size != options.workers or run.training_at is None or story.step < options.kill_at:
+            return
+        if not story.commits and story.step < options.steps * 3 // 4:
+            return  # a slow store: wait, so that there is something to restore
+        victim = next(worker for worker, formed in run.formed.items() if formed.rank == options.workers // 2)
+        process = processes.identify(story.pids[victim])
+        if process is None:
+            return  # it ended by itself; the launcher will say so
+        at, wall_ms = time.monotonic(), time.time() * 1000
+        if processes.send(process, signal.SIGKILL):
+            story.kill = Kill(
+                at=at, wall_ms=wall_ms, worker=victim, rank=run.formed[victim].rank, pid=process.pid, run=run.id, step=story.step
+            )
+
+    def _log_end(self) -> str:
+        log = self._place.launcher_log
+        lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if log.exists() else []
+        return "\n".join([f"the end of {log}:", *lines])
+
+
+def now_of(story: Story, steps: int) -> Now:
+    """The story's present."""
+    run = story.run
+    ranks = sorted((formed.rank, worker) for worker, formed in run.formed.items()) if run is not None else []
+    gone = story.kill.worker if story.kill is not None and run is not None and story.kill.run == run.id else ""
+    return Now(
+        step=story.step,
+        steps=steps,
+        loss=story.losses[-1] if story.losses else None,
+        step_s=story.step_s,
+        ranks=[(rank, "killed" if worker == gone else story.phases.get(worker, "")) for rank, worker in ranks],
+        saved=len(story.saves),
+        durable=len(story.commits),
+    )

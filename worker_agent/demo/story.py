@@ -1,0 +1,240 @@
+"""What happened, folded from the trainers' notes: runs, steps, saves, the kill and the recovery. No clock and no I/O.
+
+The order in which notes of different trainers come in does not matter; `tests/unit/test_demo_story.py` shuffles them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TypeAlias
+
+from worker_agent.demo.records import Committed, Finished, Formed, Halted, Note, Restored, Saved, Started, Stepped
+
+__all__ = ["Kill", "Moves", "RunStory", "Story", "moves"]
+
+Save: TypeAlias = tuple[str, int]  # run and step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """One trainer got SIGKILL at ``at`` (monotonic), in ``run`` after ``step``; ``wall_ms`` is the same moment for Redis's clock."""
+
+    at: float
+    wall_ms: float
+    worker: str
+    rank: int
+    pid: int
+    run: str
+    step: int
+
+
+@dataclass(slots=True, kw_only=True)
+class RunStory:
+    """One run, by worker; ``reached`` is its newest step, ``world_size`` 0 while nobody has said that it formed."""
+
+    id: str
+    world_size: int = 0
+    reached: int = -1
+    formed: dict[str, Formed] = field(default_factory=dict)
+    formed_at: float = 0.0
+    restored: dict[str, Restored] = field(default_factory=dict)
+    first_step_at: dict[str, float] = field(default_factory=dict)
+    halted: dict[str, Halted] = field(default_factory=dict)
+    halted_at: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank has said what it holds."""
+        return 0 < self.world_size == len(self.formed)
+
+    @property
+    def begins_after(self) -> int:
+        """The step that it restored; -1 for a fresh start."""
+        return max((restored.step for restored in self.restored.values()), default=-1)
+
+    @property
+    def training_at(self) -> float | None:
+        """When every rank had done its first step; None before."""
+        return max(self.first_step_at.values()) if 0 < self.world_size == len(self.first_step_at) else None
+
+    @property
+    def shards(self) -> dict[str, frozenset[int]]:
+        """What each worker holds."""
+        return {worker: frozenset(formed.shards) for worker, formed in self.formed.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """Which shards changed hands from one run to the next: ``taken`` from whom, ``given`` to whom, how many."""
+
+    total: int
+    taken: Mapping[str, int]
+    given: Mapping[str, int]
+
+
+def moves(before: RunStory, after: RunStory) -> Moves:
+    """Compare what the workers of two complete runs hold."""
+    owner = {shard: worker for worker, shards in before.shards.items() for shard in shards}
+    pairs = [
+        (owner.get(shard, ""), worker) for worker, shards in after.shards.items() for shard in shards if owner.get(shard, "") != worker
+    ]
+    return Moves(total=len(pairs), taken=Counter(old for old, _ in pairs), given=Counter(new for _, new in pairs))
+
+
+class Story:
+    """All that is known so far.
+
+    Attributes:
+        runs: in the order in which they formed.
+        saves: the notes of each save, by worker.
+        commits: of each save that is durable.
+        kill: once it was done.
+        departed_ms: server time at which Redis had each departure on record, by worker, the newest.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, RunStory] = {}
+        self._losses: dict[int, tuple[str, float]] = {}
+        self.saves: dict[Save, dict[str, Saved]] = {}
+        self.commits: dict[Save, Committed] = {}
+        self.steps_done: dict[str, int] = {}
+        self.phases: dict[str, str] = {}
+        self.pids: dict[str, int] = {}
+        self.finished: set[str] = set()
+        self.kill: Kill | None = None
+        self.departed_ms: dict[str, float] = {}
+        self._seconds: list[float] = []
+        self._last_step: dict[str, tuple[str, int, float]] = {}
+
+    def add(self, note: Note) -> None:
+        """Take in one note."""
+        worker, event = note.worker, note.event
+        match event:
+            case Started():
+                self.pids[worker] = note.pid
+                self.phases[worker] = "starting" if not event.restarts else "coming back"
+            case Formed():
+                run = self._run(event.run)
+                run.world_size = event.world_size
+                run.formed[worker] = event
+                run.formed_at = max(run.formed_at, note.at)
+                self.phases[worker] = "restoring"
+            case Restored():
+                self._run(event.run).restored[worker] = event
+                self.steps_done[worker] = event.step
+                self.phases[worker] = "training"
+            case Stepped():
+                self._add_step(note.at, worker, event)
+            case Saved():
+                self.saves.setdefault((event.run, event.step), {})[worker] = event
+            case Committed():
+                self.commits.setdefault((event.run, event.step), event)
+            case Halted():
+                self._run(event.run).halted[worker] = event
+                self._run(event.run).halted_at[worker] = note.at
+                self.phases[worker] = "forming"
+            case Finished():
+                self.finished.add(worker)
+                self.phases[worker] = "done"
+
+    def _run(self, run: str) -> RunStory:
+        if run not in self.runs:
+            self.runs = dict(sorted([*self.runs.items(), (run, RunStory(id=run))]))
+        return self.runs[run]
+
+    def _add_step(self, at: float, worker: str, event: Stepped) -> None:
+        run_story = self._run(event.run)
+        run_story.first_step_at.setdefault(worker, at)
+        run_story.reached = max(run_story.reached, event.step)
+        self._losses[event.step] = max(self._losses.get(event.step, ("", 0.0)), (event.run, event.loss))
+        self.steps_done[worker] = event.step
+        run, step, before = self._last_step.get(worker, ("", -1, 0.0))
+        if run == event.run and step == event.step - 1:
+            self._seconds.append(at - before)
+        self._last_step[worker] = (event.run, event.step, at)
+
+    def continues(self, save: Save) -> bool:
+        """Whether training went on from this save, or passed it on the way to now; False for what a restore left behind."""
+        run, step = save
+        later = [other for other in self.runs.values() if other.id > run and other.restored]
+        return all(other.begins_after >= step for other in later)
+
+    # --- what can be asked ------------------------------------------------------------------------------------------
+
+    @property
+    def run(self) -> RunStory | None:
+        """The newest run."""
+        return next(reversed(self.runs.values()), None)
+
+    @property
+    def step(self) -> int:
+        """The newest step that every rank of the newest run has done; -1 before the first."""
+        run = self.run
+        done = [self.steps_done.get(worker, -1) for worker in run.formed] if run is not None else []
+        return min(done, default=-1)
+
+    @property
+    def losses(self) -> list[float]:
+        """The mean loss of each step in order, as the run that did it last had it."""
+        return [loss for _, (_, loss) in sorted(self._losses.items())]
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds from one step to the next."""
+        return median(self._seconds) if self._seconds else None
+
+    @property
+    def killed_run(self) -> RunStory | None:
+        """The run in which the trainer was killed."""
+        return self.runs.get(self.kill.run) if self.kill is not None else None
+
+    @property
+    def survivors(self) -> list[str]:
+        """The others of that run."""
+        run = self.killed_run
+        return sorted(set(run.formed) - {self.kill.worker}) if run is not None and self.kill is not None else []
+
+    def run_after(self, run: RunStory) -> RunStory | None:
+        """The complete run that came next; None if there is none yet."""
+        later = [other for other in self.runs.values() if other.id > run.id]
+        return later[0] if later and later[0].complete else None
+
+    def stalls_s(self) -> list[float]:
+        """For each save the longest time that it stopped a rank."""
+        return [max(saved.stall_s for saved in ranks.values()) for ranks in self.saves.values()]
+
+    def noticed_ms(self) -> list[float]:
+        """From the kill until each survivor's call raised, sorted; empty before."""
+        run = self.killed_run
+        if run is None or self.kill is None:
+            return []
+        return sorted((at - self.kill.at) * 1000 for worker, at in run.halted_at.items() if worker in self.survivors)
+
+    def recorded_ms(self) -> float | None:
+        """From the kill until Redis had the departure on record, by the clock of this machine; None before."""
+        found = self.departed_ms.get(self.kill.worker) if self.kill is not None else None
+        return None if found is None or self.kill is None else found - self.kill.wall_ms
+
+    def recovery_s(self) -> float | None:
+        """From the kill until every survivor had done a step again; None before."""
+        run = self.killed_run
+        after = self.run_after(run) if run is not None else None
+        trained = after.training_at if after is not None else None
+        return None if trained is None or self.kill is None else trained - self.kill.at
+
+    def full_again_s(self, workers: int) -> float | None:
+        """From the kill until as many trainers as before had done a step again; None before."""
+        if self.kill is None:
+            return None
+        full = [run.training_at for run in self.runs.values() if run.id > self.kill.run and run.world_size == workers]
+        trained = next((at for at in full if at is not None), None)
+        return None if trained is None else trained - self.kill.at
+
+    def redone(self) -> int:
+        """How many steps were done more than once, because a restore went back."""
+        runs = list(self.runs.values())
+        return sum(max(0, before.reached - after.begins_after) for before, after in itertools.pairwise(runs))
