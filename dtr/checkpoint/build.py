@@ -19,7 +19,7 @@ from dtr.checkpoint import dtypes, torch_tensors
 from dtr.checkpoint.tensors import Tensor
 from dtr.errors import ManifestInvalid
 
-__all__ = ["unflatten"]
+__all__ = ["MAX_DEPTH", "unflatten"]
 
 MAX_DEPTH: Final = 64
 _FLOATS: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -50,7 +50,7 @@ def _comes_back(dtype: np.dtype[Any]) -> bool:
 
 def describe(dtype: np.dtype[Any]) -> Any:
     """JSON-able: text, or a list of fields."""
-    return np.lib.format.dtype_to_descr(np.lib.format.drop_metadata(dtype))  # type: ignore[attr-defined, no-untyped-call]
+    return np.lib.format.dtype_to_descr(np.lib.format.drop_metadata(dtype))
 
 
 def parse(described: Any) -> np.dtype[Any]:

@@ -38,7 +38,7 @@ _HELD_AS: Final = {
 }  # fmt: skip
 _LABELS: Final = {held: label for label, held in reversed(_HELD_AS.items()) if not label.startswith(("F8", "BF"))}
 _DTYPES: Final = {label: np.dtype(held) for label, held in _HELD_AS.items()}
-_OF_SIZE: Final = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+_OF_SIZE: Final[dict[int, np.dtype[Any]]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

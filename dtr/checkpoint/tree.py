@@ -31,12 +31,12 @@ import numpy as np
 import orjson
 
 from dtr.checkpoint import dtypes, torch_tensors
+from dtr.checkpoint.build import MAX_DEPTH, unflatten
 from dtr.checkpoint.tensors import Tensor
 from dtr.errors import InvalidInput, ManifestInvalid, UnsupportedLeaf
 
-__all__ = ["MAX_DEPTH", "decode", "encode", "flatten"]
+__all__ = ["MAX_DEPTH", "decode", "encode", "flatten", "unflatten"]
 
-MAX_DEPTH: Final = 64
 _MAX_VALUES: Final = 10_000_000
 _NAN: Final = "7ff8000000000000"
 _KEEPS: Final = (
@@ -74,7 +74,7 @@ def encode(spec: Any) -> str:
 
 
 def decode(text: str) -> Any:
-    """JSON text as a tree that ``build.unflatten`` then checks; ManifestInvalid if it is not JSON."""
+    """JSON text as a tree that ``unflatten`` then checks; ManifestInvalid if it is not JSON."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as exc:

@@ -26,6 +26,7 @@ from dtr.checkpoint.parts import Claim, Fence, Spec, StagedPart
 from dtr.checkpoint.rebuild import rebuild, rebuild_missing
 from dtr.checkpoint.slots import Found, Reading, SlotRecord, finish, open_for_reading, scan_job
 from dtr.errors import (
+    AlreadyExists,
     CheckpointConflict,
     CheckpointError,
     CoordinatorUnavailable,
@@ -103,7 +104,7 @@ class Uploader:
         staging: str,
         host: str,
         limits: Limits = Limits(),
-        stopping: Callable[[], bool] = lambda: False,  # noqa: B008
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.redis_url, self.staging, self.host, self.limits = redis_url, staging, host, limits
         self._stopping = stopping
@@ -266,7 +267,7 @@ class Uploader:
             key = object_key(run, step, rank, reading.record.incarnation, claim.nonce)
             with _Lease(state, run, step, rank, token, self.limits, self._stopping) as lease:
                 digest = checksum.of(reading.buffer)
-                store.put_file(key, reading.descriptor, reading.record.size_bytes, if_absent=True, progress=lease.progress)
+                _put(store, key, reading, lease.progress)
             failpoint("upload.after_put")
             now, why = self._record(state, reading, key, digest, claim)
         failpoint("upload.after_part_done")
@@ -312,6 +313,16 @@ class Uploader:
         if (url, job) not in self._stores:
             self._stores[url, job] = open_store(url).child(job)
         return self._stores[url, job]
+
+
+def _put(store: Store, key: str, reading: Reading, progress: Callable[[int], None]) -> None:
+    """Put the part under a key that only this claim writes, so an object that is there already is its own, sent twice."""
+    size_bytes = reading.record.size_bytes
+    try:
+        store.put_file(key, reading.descriptor, size_bytes, if_absent=True, progress=progress)
+    except AlreadyExists:
+        if store.size(key) != size_bytes:
+            raise
 
 
 class _Lease:

@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 _STAGED_S = 3600  # facts of files that nobody registered after all
 _FILES_A_CALL = 500
 _MAX_ATTEMPTS = 50
-_INDEX = "_names"  # no data set is called so: a name begins with a letter or digit
 
 Shards = list[Shard]
 Specs = list[DatasetSpec]
@@ -129,7 +128,7 @@ class DatasetRegistry:
         names.name(name, "name")
         if version is not None:
             names.positive(version, "version")
-            found = self._read(name, self._version_key(name, version))
+            found = self._read(name, self._state.keys.dataset(name, version))
         else:
             found = self._current(name) or self._restored(name)
         if found is None:
@@ -141,7 +140,7 @@ class DatasetRegistry:
     def list(self) -> Specs:
         """The current spec of every data set, sorted by name. Raises CoordinatorUnavailable if Redis cannot be reached."""
         with translate(self._url):
-            known: Any = sorted(self._state.redis.hkeys(self._state.keys.dataset(_INDEX)))
+            known: Any = sorted(self._state.redis.hkeys(self._state.keys.datasets))
             pipeline = self._state.redis.pipeline(transaction=False)
             for name in known:
                 pipeline.hgetall(self._state.keys.dataset(name))
@@ -208,12 +207,6 @@ class DatasetRegistry:
 
     # --- what Redis holds -------------------------------------------------------------------------------------------
 
-    def _version_key(self, name: str, version: int) -> str:
-        return self._state.keys.dataset(f"{name}:{version}")
-
-    def _files_key(self, name: str, digest: str) -> str:
-        return self._state.keys.dataset_files(f"{name}:{digest}")
-
     def _current(self, name: str) -> Dataset | None:
         found = self._read(name, self._state.keys.dataset(name))
         if found is not None:
@@ -231,7 +224,7 @@ class DatasetRegistry:
         if known is not None and known.spec.digest == spec.digest:
             return Dataset(spec=spec, files=known.files)
         with translate(self._url):
-            facts: Any = self._state.redis.hgetall(self._files_key(name, spec.digest))
+            facts: Any = self._state.redis.hgetall(self._state.keys.dataset_files(name, spec.digest))
         files = tuple(FileFacts.from_text(file, text) for file, text in sorted(facts.items()))
         if spec.digest != digest_of(
             path=spec.path, format=spec.format, shard_size=spec.shard_size, shuffle=spec.shuffle, seed=spec.seed, files=files
@@ -258,9 +251,9 @@ class DatasetRegistry:
                 "dataset_register",
                 [
                     keys.dataset(name),
-                    self._version_key(name, spec.version),
-                    self._files_key(name, digest),
-                    keys.dataset(_INDEX),
+                    self._state.keys.dataset(name, spec.version),
+                    self._state.keys.dataset_files(name, digest),
+                    keys.datasets,
                     keys.events,
                 ],
                 [name, digest, current, spec.version, spec.files, *itertools.chain(*spec.to_fields().items())],
@@ -275,7 +268,7 @@ class DatasetRegistry:
         raise DatasetMismatch(f"data set {name!r}: other processes keep registering other specs under this name", name=name)
 
     def _stage(self, dataset: Dataset) -> None:
-        key = self._files_key(dataset.spec.name, dataset.spec.digest)
+        key = self._state.keys.dataset_files(dataset.spec.name, dataset.spec.digest)
         for begin in range(0, len(dataset.files), _FILES_A_CALL):
             some = dataset.files[begin : begin + _FILES_A_CALL]
             facts = itertools.chain(*((one.file, one.to_text()) for one in some))

@@ -35,9 +35,10 @@ key                            type    holds (TTL; written by)
 ``ckpt:RUN:STEP:parts``        hash    per rank R: ``R/state``, ``R/worker``, ``R/incarnation``, ``R/host``, ``R/size_bytes``,
                                        ``R/checksum``, ``R/object``, ``R/nonce``, ``R/uploader``, ``R/lease_until``, ``R/attempts``,
                                        ``R/progress_bytes``, ``R/error`` (as its checkpoint)
-``dataset:NAME``               hash    the registered spec (none; register)
-``dataset:NAME:files``         hash    file -> facts (none; register)
-``placement:NAME``             hash    parent, generation, computing lease (none; placement)
+``datasets``                   hash    data set -> its current version (none; register)
+``dataset:NAME``               hash    the current spec; ``dataset:NAME:VERSION`` each version, kept (none; register)
+``dataset:NAME:DIGEST:files``  hash    file -> facts of the spec with this digest (none once registered; register)
+``placement:NAME``             hash    parent, generation, version, members (digest), who computes the next (none; placement)
 ``placement:NAME:GENERATION``  hash    worker -> its shards (two kept; placement)
 ``events``                     stream  members, runs, broken rounds, checkpoints, recovery (about 10,000 entries; every module)
 =============================  ======  ==============================================================================================
@@ -92,6 +93,7 @@ class Keys:
         self.lineage: Final = prefix + "lineage"
         self.ckpts: Final = prefix + "ckpts"
         self.open_ckpts: Final = prefix + "open_ckpts"
+        self.datasets: Final = prefix + "datasets"
         self.events: Final = prefix + "events"
 
     def worker(self, worker_id: str) -> str:
@@ -113,11 +115,12 @@ class Keys:
     def parts(self, run: str, step: int) -> str:
         return f"{self.prefix}ckpt:{run}:{step}:parts"
 
-    def dataset(self, name: str) -> str:
-        return f"{self.prefix}dataset:{name}"
+    def dataset(self, name: str, version: int | None = None) -> str:
+        base = f"{self.prefix}dataset:{name}"
+        return base if version is None else f"{base}:{version}"
 
-    def dataset_files(self, name: str) -> str:
-        return f"{self.prefix}dataset:{name}:files"
+    def dataset_files(self, name: str, digest: str) -> str:
+        return f"{self.prefix}dataset:{name}:{digest}:files"
 
     def placement(self, name: str, generation: int | None = None) -> str:
         base = f"{self.prefix}placement:{name}"

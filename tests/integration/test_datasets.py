@@ -166,7 +166,7 @@ class TestFinding:
     ) -> None:
         """The digest covers the files."""
         spec = register(registry, folder)
-        raw.hset(Keys(job).dataset_files(f"d:{spec.digest}"), "part-2.jsonl", "samples=5 size_bytes=55 mtime_ns=1 marks=0,44")
+        raw.hset(Keys(job).dataset_files("d", spec.digest), "part-2.jsonl", "samples=5 size_bytes=55 mtime_ns=1 marks=0,44")
         with pytest.raises(StateCorrupt, match="not those that were registered"):
             DatasetRegistry(registry._url, job=job).get("d")
 

@@ -1,0 +1,144 @@
+"""Restore a state: for a run collectively, or for whoever only wants to read.
+
+A collective restore fixes what the run continues, once; see :mod:`dtr.checkpoint.agreement`. Reading never changes anything, needs no
+Redis, and takes the newest checkpoint of the lineage that verifies; an older one only because of damage, which it reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dtr.checkpoint import base
+from dtr.checkpoint.agreement import Agreement, BaseIsSet, restore_failed
+from dtr.checkpoint.candidates import Candidate, Offer, gather, name_of
+from dtr.checkpoint.lineage import Checkpoint
+from dtr.checkpoint.payload import read_state
+from dtr.checkpoint.rebuild import rebuild_missing
+from dtr.checkpoint.settling import wait_until_settled
+from dtr.checkpoint.survey import lineage_of, survey
+from dtr.errors import CoordinatorUnavailable, IntegrityError, NoCheckpoint, WorldSizeMismatch
+from dtr.session import Session
+from dtr.state.client import translate
+from dtr.state.exchange import Exchange
+from dtr.state.job import JobState
+from dtr.store import Store
+
+__all__ = ["BaseIsSet", "Restored", "read_newest", "restore_run"]
+
+log = logging.getLogger(__name__)
+
+STORE_PATIENCE_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A state that was saved at ``step`` of ``run``; its arrays are writable. ``seconds`` it took, ``size_bytes`` this rank's part."""
+
+    state: Any
+    step: int
+    run: str
+    size_bytes: int = 0
+    seconds: float = 0.0
+
+
+def restore_run(
+    session: Session, store: Store, url: str, *, attempt: int, step: int | None, fresh: bool, settle_s: float | None = None
+) -> Restored | None:
+    """Restore the session's run; collective: returns on every rank, with the same checkpoint, when what the run continues is fixed.
+
+    Args:
+        session: in a run whose base is not fixed.
+        store: of the job.
+        url: of the store as users name it.
+        attempt: how often this run tried before, the same on every rank.
+        step: only a checkpoint of this step; None: the newest.
+        fresh: None is an answer if there is no checkpoint at all.
+        settle_s: how long to wait for staged saves; None: the usual time.
+
+    Raises:
+        BaseIsSet: nothing was done, since the run continues something already.
+        NoCheckpoint, RestoreFailed, WorldSizeMismatch, RosterChanged, CoordinatorUnavailable, StoreUnavailable.
+    """
+    started = time.monotonic()
+    run, settings = session.run, session.settings
+    store.probe()
+    if run.rank == 0:
+        rebuild_missing(session.state, store, url)
+    exchange = Exchange(settings.redis_url, f"dtr-restore-{session.worker_id}")
+    try:
+        wait_until_settled(session, exchange, store, url, **({} if settle_s is None else {"patience_s": settle_s}))
+        holdings = survey(store)
+        offer = gather(
+            store, lineage_of(store, url, holdings, session.state), holdings, rank=run.rank, world_size=run.world_size, step=step,
+            retired=lambda name: _retired(session.state, name),
+        )  # fmt: skip
+        reached = Agreement(
+            session, exchange, attempt=attempt, offer=offer, fresh=fresh and step is None,
+            read=lambda candidate: read_state(store, candidate.part, patience_s=STORE_PATIENCE_S, clock=session.clock),
+            fix_base=lambda chosen: base.fix(session, store, url, chosen, patience_s=STORE_PATIENCE_S),
+            patience_s=settings.form_timeout_s,
+        ).reach()  # fmt: skip
+    finally:
+        exchange.close()
+    if reached is None:
+        return None
+    return _restored(*reached, started)
+
+
+def read_newest(
+    store: Store, url: str, state: JobState | None, *, rank: int, world_size: int, step: int | None, fresh: bool
+) -> Restored | None:
+    """Read the newest checkpoint of the lineage that verifies, and change nothing.
+
+    Args:
+        store, url, step, fresh: as for :func:`restore_run`.
+        state: Redis, which knows the lineage best; None, or one that is away: the store's records tell it.
+        rank, world_size: of the part to read.
+
+    Raises:
+        NoCheckpoint, RestoreFailed, WorldSizeMismatch, StoreUnavailable.
+    """
+    started = time.monotonic()
+    holdings = survey(store)
+    lineage = lineage_of(store, url, holdings, state)
+    offer = gather(store, lineage, holdings, rank=rank, world_size=world_size, step=step)
+    reasons = dict(offer.rejected)
+    for candidate in offer.candidates:
+        try:
+            found = read_state(store, candidate.part, patience_s=STORE_PATIENCE_S)
+        except IntegrityError as exc:
+            reasons[candidate.name] = exc.message
+            continue
+        for name, reason in reasons.items():
+            log.warning("checkpoint %s was not restored: %s", name, reason)
+        return _restored(candidate, found, started)
+    return _nothing(offer, reasons, url, step, fresh)
+
+
+def _nothing(offer: Offer, reasons: dict[str, str], url: str, step: int | None, fresh: bool) -> None:
+    if offer.misfit:
+        raise WorldSizeMismatch(offer.misfit)
+    if reasons:
+        raise restore_failed(reasons)
+    if step is not None:
+        raise NoCheckpoint(f"{url} holds no checkpoint of step {step} on the job's lineage", step=step)
+    if not fresh:
+        raise NoCheckpoint(f"{url} holds no checkpoint on the job's lineage; pass fresh=True to start anew on purpose")
+
+
+def _restored(candidate: Candidate, found: Any, started: float) -> Restored:
+    seconds = time.monotonic() - started
+    log.info("restored %s in %.2f s (%d bytes)", name_of(candidate.run, candidate.step), seconds, candidate.part.size_bytes)
+    return Restored(state=found, step=candidate.step, run=candidate.run, size_bytes=candidate.part.size_bytes, seconds=seconds)
+
+
+def _retired(state: JobState, name: Checkpoint) -> bool:
+    """Retention has chosen it, though its manifest still stands. What Redis cannot say is left to the record in the store."""
+    try:
+        with translate(state.url):
+            return bool(state.redis.hexists(state.keys.ckpt(*name), "retired_at"))
+    except CoordinatorUnavailable:
+        return False

@@ -1,0 +1,102 @@
+"""Before a restore: wait, bounded, for staged saves of the lineage to be decided, so that the newest one is not thrown away.
+
+A save whose every part is in a slot commits without its trainers, usually within a second of their death. It is looked for in Redis (the
+open checkpoints) and in this host's slots (complete ones that Redis has not heard of yet, or forgot). One that cannot become complete is
+aborted by the uploaders; one that nobody uploads is not waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from dtr.checkpoint import parts
+from dtr.checkpoint.candidates import name_of, newest_commit
+from dtr.checkpoint.lineage import Checkpoint, Lineage
+from dtr.checkpoint.slots import scan
+from dtr.checkpoint.survey import Holdings, lineage_of, survey
+from dtr.errors import CoordinatorUnavailable, RosterChanged
+from dtr.session import Session
+from dtr.state.client import translate
+from dtr.state.exchange import MAX_BLOCK_MS, Exchange
+from dtr.state.keys import uploader
+from dtr.store import Store
+
+__all__ = ["wait_until_settled"]
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S: Final = 15.0
+WITHOUT_UPLOADER_S: Final = 3.0  # one may be starting; nothing moves without it
+
+
+def wait_until_settled(session: Session, exchange: Exchange, store: Store, url: str, *, patience_s: float = PATIENCE_S) -> None:
+    """Return when no save newer than the newest commit of the lineage is on its way, or when the time is up.
+
+    Raises:
+        RosterChanged: the run ended meanwhile.
+    """
+    clock, state = session.clock, session.state
+    started, said = clock.monotonic(), False
+    streams = {state.keys.events: _newest_event(session), state.keys.wake: session.run.wake_id}
+    while True:
+        holdings = survey(store)
+        pending = _pending(session, store, url, holdings, lineage_of(store, url, holdings, state))
+        if not pending:
+            return
+        waited_s = clock.monotonic() - started
+        alive = _someone_uploads(session, pending)
+        if waited_s >= (patience_s if alive else min(patience_s, WITHOUT_UPLOADER_S)):
+            names = ", ".join(name_of(*checkpoint) for checkpoint in pending)
+            log.warning("restoring without %s, still undecided after %.1f s%s", names, waited_s, "" if alive else " (no uploader is alive)")
+            return
+        if not said:
+            said = True
+            log.info("waiting up to %g s for %s to be decided", patience_s, ", ".join(name_of(*checkpoint) for checkpoint in pending))
+        for stream, entry_id, _ in exchange.wait(streams, MAX_BLOCK_MS):
+            streams[stream] = entry_id
+        session.guarded(_still_open(session))
+
+
+def _newest_event(session: Session) -> str:
+    state = session.state
+    with translate(state.url):
+        newest = state.redis.xrevrange(state.keys.events, count=1)
+    return str(newest[0][0]) if newest else "0-0"
+
+
+def _pending(session: Session, store: Store, url: str, holdings: Holdings, lineage: Lineage) -> list[Checkpoint]:
+    """Undecided saves of the lineage that are newer than its newest commit."""
+    job = session.settings.job
+    staged = {
+        (found.record.run, found.record.step)
+        for found in scan(session.settings.staging)
+        if found.kind == "STAGED" and found.record is not None and (found.record.job, found.record.store) == (job, url)
+    }
+    undecided = {name for name in {*parts.open_checkpoints(session.state), *staged} if name not in holdings.decided}
+    newest = newest_commit(store, lineage.newest_first(holdings.decided)) if undecided else None
+    order = lineage.newest_first({*undecided, *([newest] if newest else [])})
+    return order[: order.index(newest)] if newest else order
+
+
+def _someone_uploads(session: Session, pending: list[Checkpoint]) -> bool:
+    """Whether an uploader lives on this host or on one that holds a part."""
+    state = session.state
+    hosts = {session.host}
+    for run, step in pending:
+        view = parts.read(state, run, step)
+        hosts |= {part.host for part in view.parts.values() if part.state != "done"} if view is not None else set()
+    with translate(state.url):
+        return any(state.redis.exists(uploader(host)) for host in sorted(hosts))
+
+
+def _still_open(session: Session) -> Callable[[], None]:
+    def check() -> None:
+        state = session.state
+        with translate(state.url):
+            current = state.redis.hget(state.keys.meta, "run")
+        if current != session.run.id:
+            raise RosterChanged(f"run {session.run.id} ended")
+
+    return check
