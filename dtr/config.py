@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dtr import names
-from dtr.errors import ConfigError
+from dtr.errors import ConfigError, InvalidInput
 
 __all__ = ["DEFAULT_REDIS_URL", "LauncherEnvironment", "Settings", "default_staging"]
 
@@ -148,7 +148,10 @@ class Settings:
             shown = "***" if "://" in str(value) else repr(value)
             raise ConfigError(f"{source}: {name} must be {_expected(kind, low, high)} ({spec.metadata['what']}), got {shown}", setting=name)
         if name == "job":
-            names.job_name(parsed)
+            try:
+                names.job_name(parsed)
+            except InvalidInput as exc:
+                raise ConfigError(f"{source}: {exc}", setting="job") from None
         return parsed
 
 

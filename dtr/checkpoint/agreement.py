@@ -86,7 +86,8 @@ class Agreement:
         """Wait until all agree and the run's base is fixed; the candidate and its state, None for a fresh start.
 
         Raises:
-            NoCheckpoint, RestoreFailed, WorldSizeMismatch: the verdict, the same on every rank.
+            NoCheckpoint, RestoreFailed, WorldSizeMismatch: the verdict, the same on every rank; ``final`` in its facts says that the
+                next restore of this run is another attempt.
             RosterChanged: a member departed.
             BaseIsSet: the run continues something already.
         """
@@ -221,10 +222,10 @@ class Agreement:
             return NoCheckpoint(
                 f"job {self._session.settings.job} has no checkpoint on its lineage in this store; pass fresh=True on every rank to "
                 "start anew on purpose",
-                run=self._run.id,
+                run=self._run.id, final=True,
             )  # fmt: skip
         if self._offer.misfit:
-            return WorldSizeMismatch(self._offer.misfit, run=self._run.id)
+            return WorldSizeMismatch(self._offer.misfit, run=self._run.id, final=True)
         return restore_failed(answer.reasons)
 
 
@@ -235,4 +236,4 @@ class BaseIsSet(CheckpointError):
 def restore_failed(reasons: Mapping[str, str]) -> RestoreFailed:
     """Every candidate with its reason."""
     shown = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no two ranks can read the same one"
-    return RestoreFailed(f"checkpoints were found, but none can be restored: {shown}", reasons=dict(reasons))
+    return RestoreFailed(f"checkpoints were found, but none can be restored: {shown}", reasons=dict(reasons), final=True)

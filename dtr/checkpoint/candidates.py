@@ -7,7 +7,7 @@ size of a sharded checkpoint) ends the search, rather than silently going back t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage
@@ -42,7 +42,6 @@ class Offer:
     candidates: tuple[Candidate, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
     misfit: str = ""
-    steps: tuple[int, ...] = field(default=())  # of every commit seen
 
     def of(self, name: str) -> Candidate | None:
         """The candidate of this name."""
@@ -83,7 +82,6 @@ def gather(
     """
     found: list[Candidate] = []
     rejected: list[tuple[str, str]] = []
-    steps: list[int] = []
     misfit = ""
     for run, at in lineage.newest_first(holdings.decided):
         if step is not None and at != step:
@@ -94,7 +92,6 @@ def gather(
             manifest = read_manifest(store, run, at)
             if manifest.decision != "commit" or retired((run, at)):
                 continue
-            steps.append(at)
             part = part_of(manifest, rank, world_size)
             if isinstance(part, str):
                 misfit = misfit or f"checkpoint {name_of(run, at)} {part}"
@@ -110,7 +107,7 @@ def gather(
             rejected.append((name_of(run, at), exc.message))
             continue
         found.append(Candidate(run=run, step=at, manifest=manifest, part=part))
-    return Offer(candidates=tuple(found), rejected=tuple(rejected), misfit=misfit if not found else "", steps=tuple(steps))
+    return Offer(candidates=tuple(found), rejected=tuple(rejected), misfit=misfit if not found else "")
 
 
 def _check_there(store: Store, part: PartFacts) -> None:

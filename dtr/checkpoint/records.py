@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from collections.abc import Set as AbstractSet
+from typing import Any, Final
 
-from dtr import names
 from dtr.errors import InvalidInput, ManifestInvalid
-from dtr.store.base import check_key
 
-__all__ = ["MAX_BYTES", "decode", "encode", "fields", "read_field"]
+__all__ = ["MAX_BYTES", "clean_text", "decode", "encode", "incarnation", "integer", "members", "moment_ms", "text"]
 
-T = TypeVar("T")
 MAX_BYTES: Final = 64 << 20
 MAX_DEPTH: Final = 32
 _MAX_TEXT: Final = 4_000
@@ -86,32 +82,23 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def fields(record: dict[str, Any], expected: set[str], what: str) -> None:
-    """Refuse a record with other members than the expected ones."""
+def members(record: Any, expected: AbstractSet[str], what: str) -> dict[str, Any]:
+    """The record, if it is an object with exactly the expected members; ManifestInvalid otherwise."""
+    if type(record) is not dict:
+        raise ManifestInvalid(f"{what} must be an object, got {_shown(record)}")
     if record.keys() != expected:
-        missing, extra = sorted(expected - record.keys()), sorted(record.keys() - expected)
-        raise ManifestInvalid(f"{what}: missing members {missing}, unknown members {extra}")
-
-
-def read_field(check: Callable[[Any], T], value: Any, what: str) -> T:
-    """``check(value)``, its InvalidInput as the ManifestInvalid that it is in a stored record."""
-    try:
-        return check(value)
-    except InvalidInput as exc:
-        raise ManifestInvalid(f"{what}: {exc.message}") from exc
+        missing, unknown = sorted(expected - record.keys()), sorted(record.keys() - expected)
+        raise ManifestInvalid(f"{what} lacks the members {missing} and has the unknown ones {_shown(unknown)}")
+    return record
 
 
 # --- checks of members, each raising InvalidInput -------------------------------------------------------------------
 
 
-def text(value: Any, field: str, *, empty: bool = False) -> str:
+def text(value: Any, field: str) -> str:
     """Encodable text of at most 4,000 characters."""
-    if type(value) is not str or len(value) > _MAX_TEXT or not (value or empty):
-        raise InvalidInput(f"{field} must be text of at most {_MAX_TEXT} characters, got {str(value)[:60]!r}", field=field)
-    try:
-        value.encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidInput(f"{field} must be encodable as UTF-8, got {value[:60]!r}", field=field) from exc
+    if type(value) is not str or len(value) > _MAX_TEXT or value != clean_text(value):
+        raise InvalidInput(f"{field} must be text of at most {_MAX_TEXT} characters, got {_shown(value)}", field=field)
     return value
 
 
@@ -123,28 +110,22 @@ def clean_text(value: str) -> str:
 def integer(value: Any, field: str, low: int, high: int) -> int:
     """A plain integer from low to high."""
     if type(value) is not int or not low <= value <= high:
-        raise InvalidInput(f"{field} must be an integer from {low} to {high}, got {str(value)[:60]!r}", field=field)
+        raise InvalidInput(f"{field} must be an integer from {low} to {high}, got {_shown(value)}", field=field)
     return value
 
 
-def moment(value: Any, field: str) -> float:
-    """Seconds since the epoch."""
-    if type(value) not in {int, float} or not math.isfinite(value) or not 0 <= value < 1e11:
-        raise InvalidInput(f"{field} must be seconds since the epoch, got {str(value)[:60]!r}", field=field)
-    return float(value)
+def moment_ms(value: Any, field: str) -> int:
+    """Milliseconds since the epoch."""
+    return integer(value, field, 0, 10**14)
 
 
 def incarnation(value: Any, field: str = "incarnation") -> str:
     """12 hex digits."""
     if type(value) is not str or len(value) != 12 or not set(value) <= set("0123456789abcdef"):
-        raise InvalidInput(f"{field} must be 12 hex digits, got {str(value)[:60]!r}", field=field)
+        raise InvalidInput(f"{field} must be 12 hex digits, got {_shown(value)}", field=field)
     return value
 
 
-def object_key(value: Any, field: str = "object") -> str:
-    """A key of the store: relative, without ``..``."""
-    return check_key(value, field)
-
-
-def run_name(value: Any, field: str = "run") -> str:
-    return names.name(value, field)
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -81,6 +81,10 @@ def restore_run(
             fix_base=lambda chosen: base.fix(session, store, url, chosen, patience_s=STORE_PATIENCE_S),
             patience_s=settings.form_timeout_s,
         ).reach()  # fmt: skip
+    except NoCheckpoint as exc:
+        if step is None:
+            raise
+        raise NoCheckpoint(f"{url} holds no checkpoint of step {step} on the job's lineage", step=step, **exc.facts) from None
     finally:
         exchange.close()
     if reached is None:

@@ -79,6 +79,8 @@ class Slot:
             self._put(copying)
             failpoint("stage.after_copying_record")
             with self._arena.maps.buffer(self.files, self.size_bytes) as buffer:
+                buffer[:8] = bytes(8)[: self.size_bytes]  # from here on not even the old header makes a whole part of it
+                failpoint("stage.mid_copy")
                 layout.copy_into(buffer, leaves)
             failpoint("stage.before_staged_record")
             staged = replace(copying, state="STAGED", staged_at=self._arena.clock.wall())

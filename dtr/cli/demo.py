@@ -13,7 +13,7 @@ __all__ = ["demo"]
 
 @click.command(short_help="See it all at work: training, a kill, recovery.")
 @click.option("--workers", type=click.IntRange(1, 16), metavar="N", help="Trainers; default 4.")
-@click.option("--steps", type=click.IntRange(1, 100_000), metavar="N", help="Optimizer steps; default 240.")
+@click.option("--steps", type=click.IntRange(1, 100_000), metavar="N", help="Optimizer steps; default 400.")
 @click.option(
     "--store", metavar="URL", help="Where checkpoints go, and stay: file:///FOLDER or s3://BUCKET/PREFIX; default: the demo's own folder."
 )

@@ -26,9 +26,10 @@ class Interrupts:
         self._allowed = False
 
     def install(self) -> None:
-        """Take over the signals; one that whoever started this process had held back until now counts."""
+        """Take over the signals, save SIGHUP where ``nohup`` has it ignored; one that came while they were blocked counts."""
         for number in _SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     @property

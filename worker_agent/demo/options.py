@@ -37,7 +37,7 @@ class Options:
     """
 
     workers: int = 4
-    steps: int = 240
+    steps: int = 400
     store: str | None = None
     kill: bool = True
     keep: bool = False

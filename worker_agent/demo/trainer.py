@@ -57,7 +57,7 @@ class Plan:
     steps: int
     workers: int
     save_every: int
-    batch: int = 64
+    batch: int = 96
     shard_size: int = 1024
     rejoin_after_s: float = 0.0
     seed: int = 7

@@ -1,0 +1,223 @@
+"""What the store says of checkpoints and runs: the manifest that decides about one, and the record of what a run continues.
+
+``encode`` writes only what ``parse`` accepts, and the same bytes for equal values, whoever writes them. ``parse`` takes nothing on
+trust: every member is checked, and anything odd is a ManifestInvalid that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
+
+from dtr import names
+from dtr.checkpoint import checksum, records
+from dtr.errors import InvalidInput, ManifestInvalid
+from dtr.store.base import check_key
+
+__all__ = ["Manifest", "PartFacts", "RunRecord"]
+
+VERSION: Final = 1
+MAX_RANKS: Final = 1_000_000
+MAX_PART_BYTES: Final = 5 << 40  # the largest object of S3
+
+Decision = Literal["commit", "abort", "tombstone"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFacts:
+    """One object of a checkpoint. ``object`` is its key in the job's store, ``checksum`` as ``checkpoint.checksum`` writes it."""
+
+    rank: int
+    worker: str
+    incarnation: str
+    object: str
+    size_bytes: int
+    checksum: str
+
+    def __post_init__(self) -> None:
+        records.integer(self.rank, "rank", 0, MAX_RANKS - 1)
+        names.name(self.worker, "worker")
+        records.incarnation(self.incarnation)
+        check_key(self.object, "object")
+        records.integer(self.size_bytes, "size_bytes", 1, MAX_PART_BYTES)
+        if not checksum.is_checksum(self.checksum):
+            raise InvalidInput(f"checksum must be crc64nvme: and 16 hex digits, got {str(self.checksum)[:60]!r}", field="checksum")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The one decision about the checkpoint of (run, step), or the tombstone that replaced it.
+
+    Args:
+        decision: ``commit``: its parts are the checkpoint; ``abort``: it never will be one; ``tombstone``: it was one.
+        job: ``name`` or ``tenant/name``.
+        run: whose.
+        step: of training.
+        world_size: ranks of the run.
+        replicated: one part for all ranks; otherwise one part for each.
+        parent: (run, step) that this run restored; None: it started anew.
+        created_at: milliseconds since the epoch, by the coordinator's clock.
+        parts: kept in order of rank.
+        reason: for people; of an abort and a tombstone.
+        data: the merged data state of the step, JSON.
+    """
+
+    decision: Decision
+    job: str
+    run: str
+    step: int
+    world_size: int
+    replicated: bool
+    parent: tuple[str, int] | None
+    created_at: int
+    parts: tuple[PartFacts, ...] = ()
+    reason: str = ""
+    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda part: part.rank)))
+        object.__setattr__(self, "reason", records.clean_text(self.reason))
+        if self.version != VERSION:
+            raise InvalidInput(f"version must be {VERSION}, got {str(self.version)[:60]}", field="version")
+        if self.decision not in ("commit", "abort", "tombstone"):  # a tuple: what came from a file may not be hashable
+            raise InvalidInput(f"decision must be commit, abort or tombstone, got {str(self.decision)[:60]!r}", field="decision")
+        names.job_name(self.job)
+        _point(self.run, self.step)
+        records.integer(self.world_size, "world_size", 1, MAX_RANKS)
+        if type(self.replicated) is not bool:
+            raise InvalidInput(f"replicated must be true or false, got {str(self.replicated)[:60]!r}", field="replicated")
+        if self.parent is not None:
+            _point(*self.parent)
+        records.moment_ms(self.created_at, "created_at")
+        if self.decision != "commit" and not self.reason:
+            raise InvalidInput(f"reason must say why: the decision is {self.decision}", field="reason")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        ranks = [part.rank for part in self.parts]
+        if len({part.object for part in self.parts}) != len(ranks):
+            raise InvalidInput("parts must be different objects, two entries name the same", field="parts")
+        if len(set(ranks)) != len(ranks) or (ranks and ranks[-1] >= self.world_size):
+            raise InvalidInput(f"parts must be of different ranks below {self.world_size}, got {str(ranks)[:80]}", field="parts")
+        expected = 1 if self.replicated else self.world_size
+        if self.decision == "commit" and len(ranks) != expected:
+            raise InvalidInput(f"parts of this commit must be {expected}, got {len(ranks)}", field="parts")
+
+    def encode(self) -> bytes:
+        """The record's bytes, with its own checksum."""
+        record = {name.name: getattr(self, name.name) for name in fields(self)}
+        record["parts"] = [{name.name: getattr(part, name.name) for name in fields(part)} for part in self.parts]
+        record["parent"] = None if self.parent is None else {"run": self.parent[0], "step": self.parent[1]}
+        return records.encode({**record, "data": dict(self.data)})
+
+    @classmethod
+    def parse(cls, content: bytes) -> Self:
+        """The manifest that ``encode`` wrote; ManifestInvalid for anything else."""
+        record = records.decode(content, "the manifest")
+        _check_version(record, "the manifest")
+        records.members(record, {name.name for name in fields(cls)}, "the manifest")
+        if type(record["parts"]) is not list or type(record["reason"]) is not str:
+            raise ManifestInvalid("the manifest's parts must be a list and its reason text")
+        if type(record["data"]) is not dict:
+            raise ManifestInvalid("the manifest's data must be an object")
+        try:
+            parts = tuple(_part(part) for part in record.pop("parts"))
+            return cls(parts=parts, parent=_parent(record.pop("parent")), **record)
+        except InvalidInput as exc:
+            raise ManifestInvalid(f"the manifest: {exc.message}", field=exc.facts.get("field")) from exc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What a run continues, written into the store before any of its ranks trains.
+
+    Args:
+        job: ``name`` or ``tenant/name``.
+        run: whose record it is.
+        parent_run, parent_step: the checkpoint that it restored; None: it started anew.
+        world_size: ranks of the run.
+        roster: worker -> ``RANK INCARNATION HOST``, one for each rank.
+        store: the store's URL, without secrets.
+        created_at: milliseconds since the epoch, by the coordinator's clock.
+    """
+
+    job: str
+    run: str
+    parent_run: str | None
+    parent_step: int | None
+    world_size: int
+    roster: Mapping[str, str]
+    store: str
+    created_at: int
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise InvalidInput(f"version must be {VERSION}, got {str(self.version)[:60]}", field="version")
+        names.job_name(self.job)
+        names.name(self.run, "run")
+        if (self.parent_run is None) != (self.parent_step is None):
+            raise InvalidInput("parent_run and parent_step must be given together", field="parent_run")
+        if self.parent_run is not None:
+            _point(self.parent_run, self.parent_step)
+        records.integer(self.world_size, "world_size", 1, MAX_RANKS)
+        ranks = sorted(_seat(worker, seat) for worker, seat in self.roster.items())
+        if ranks != list(range(self.world_size)):
+            raise InvalidInput(f"roster must have the ranks 0 to {self.world_size - 1}, got {str(ranks)[:80]}", field="roster")
+        records.text(self.store, "store")
+        records.moment_ms(self.created_at, "created_at")
+
+    def encode(self) -> bytes:
+        """The record's bytes, with its own checksum."""
+        record = {name.name: getattr(self, name.name) for name in fields(self)}
+        return records.encode({**record, "roster": dict(self.roster)})
+
+    @classmethod
+    def parse(cls, content: bytes) -> Self:
+        """The record that ``encode`` wrote; ManifestInvalid for anything else."""
+        record = records.decode(content, "the run's record")
+        _check_version(record, "the run's record")
+        records.members(record, {name.name for name in fields(cls)}, "the run's record")
+        if type(record["roster"]) is not dict:
+            raise ManifestInvalid("the run's roster must be an object")
+        try:
+            return cls(**record)
+        except InvalidInput as exc:
+            raise ManifestInvalid(f"the run's record: {exc.message}", field=exc.facts.get("field")) from exc
+
+
+def _check_version(record: dict[str, Any], what: str) -> None:
+    """First of all: a later version may have other members."""
+    version = record.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ManifestInvalid(f"{what} has the unknown version {str(version)[:60]}; this dtr reads {VERSION}", field="version")
+
+
+def _part(record: Any) -> PartFacts:
+    return PartFacts(**records.members(record, {name.name for name in fields(PartFacts)}, "a part of the manifest"))
+
+
+def _parent(record: Any) -> tuple[str, int] | None:
+    if record is None:
+        return None
+    point = records.members(record, {"run", "step"}, "the manifest's parent")
+    return point["run"], point["step"]
+
+
+def _point(run: Any, step: Any) -> None:
+    names.name(run, "run")
+    records.integer(step, "step", 0, names.MAX_STEP)
+
+
+def _seat(worker: str, seat: Any) -> int:
+    """The rank of a roster's entry."""
+    names.name(worker, "worker")
+    words = seat.split(" ") if type(seat) is str else []
+    if len(words) != 3 or not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 7 or not words[2]:
+        raise InvalidInput(f"roster must map a worker to 'RANK INCARNATION HOST', got {str(seat)[:60]!r}", field="roster")
+    records.incarnation(words[1])
+    records.text(words[2], "host")
+    return int(words[0])

@@ -1,0 +1,49 @@
+"""Celery's settings, each with its reason."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any, Final
+
+from dtr.config import Settings
+from dtr.publish import VISIBILITY_TIMEOUT_S, broker_settings
+
+__all__ = ["DRAIN_S", "KILL_S", "celery_settings", "settings"]
+
+DRAIN_S: Final = 5.0  # after SIGTERM or SIGQUIT, uploads may finish for this long, then they give their parts back
+KILL_S: Final = 8.0  # then whatever still hangs is killed: container runtimes do it after 10 s
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process."""
+    return Settings.load()
+
+
+def celery_settings() -> dict[str, Any]:
+    """What the workers, ``inspect`` and Flower go by."""
+    return {
+        **broker_settings(settings().broker),
+        "broker_connection_retry": True,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # the default of 100 ends the worker for good
+        # The message is a wake-up call and the state machine the truth: redelivery is neither needed nor harmful, except that a task
+        # that kills its process before its claim would be redelivered in a tight loop.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": False,
+        "task_soft_time_limit": VISIBILITY_TIMEOUT_S * 0.45,
+        "task_time_limit": VISIBILITY_TIMEOUT_S * 0.48,
+        "task_default_queue": "dtr",
+        "task_track_started": True,
+        "worker_concurrency": settings().upload_processes or max(2, min(4, os.cpu_count() or 2)),
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,  # what waits, waits in the queue, where everybody sees it and any process may take it
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_soft_shutdown_timeout": DRAIN_S,
+        "worker_enable_soft_shutdown_on_idle": False,
+        "worker_send_task_events": True,  # Flower's pages stay empty without
+        "worker_proc_alive_timeout": 60.0,
+        "worker_hijack_root_logger": True,
+        "worker_redirect_stdouts": False,
+    }

@@ -1,0 +1,78 @@
+"""The two tasks. Thin: a message is parsed, the work is in ``dtr.checkpoint.upload``, and the answer is a word for Flower."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from typing import Any
+
+from celery.exceptions import Reject
+
+from dtr.checkpoint.upload import Limits, Uploader
+from dtr.errors import InvalidInput, Unavailable
+from dtr.host import host_id
+from dtr.publish import SETTLE, UPLOAD_PART
+from tasks import shutdown
+from tasks.application import app
+from tasks.config import settings
+from tasks.messages import Settle, UploadPart
+
+__all__ = ["settle", "upload_part"]
+
+log = logging.getLogger(__name__)
+
+
+@app.task(name=UPLOAD_PART, typing=False)
+def upload_part(*args: Any, **given: Any) -> str:
+    """Upload one part of this host, unless somebody else does or did."""
+    message = _parsed(UploadPart, args, given)
+    if shutdown.is_over():
+        return "STOPPING"
+    try:
+        word = _uploader(os.getpid()).upload_part(message.job, message.run, message.step, message.rank)
+    except Unavailable as exc:
+        return _later(message, exc)
+    log.info("job %s run %s step %d rank %d: %s", message.job, message.run, message.step, message.rank, word)
+    return word
+
+
+@app.task(name=SETTLE, typing=False)
+def settle(*args: Any, **given: Any) -> str:
+    """Decide one checkpoint that is complete or cannot become so."""
+    message = _parsed(Settle, args, given)
+    if shutdown.is_over():
+        return "STOPPING"
+    try:
+        word = _uploader(os.getpid()).settle(message.job, message.run, message.step)
+    except Unavailable as exc:
+        return _later(message, exc)
+    log.info("job %s run %s step %d: %s", message.job, message.run, message.step, word or "UNKNOWN")
+    return word or "UNKNOWN"
+
+
+def _parsed(kind: Any, args: Any, given: Any) -> Any:
+    try:
+        return kind.parse(args, given)
+    except InvalidInput as exc:
+        log.warning("a message was rejected: %s", exc)
+        raise Reject(str(exc), requeue=False) from exc
+
+
+def _later(message: Settle, exc: Unavailable) -> str:
+    """Redis or the store is away: the reconciler comes back to it, so neither a failed task nor a stack trace tells more."""
+    log.warning("job %s run %s step %d: not now: %s", message.job, message.run, message.step, exc)
+    return "LATER"
+
+
+@lru_cache(maxsize=1)
+def _uploader(pid: int) -> Uploader:
+    """This process's own: connections do not survive a fork."""
+    given = settings()
+    return Uploader(
+        redis_url=given.redis_url,
+        staging=given.staging,
+        host=host_id(given.staging),
+        limits=Limits(lease_s=given.lease_s, max_attempts=given.max_attempts, mbps=given.upload_mbps),
+        stopping=shutdown.is_over,
+    )

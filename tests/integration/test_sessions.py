@@ -1,0 +1,212 @@
+"""Sessions and agents of one process on a real server: barriers that name the missing, and what is refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from dtr import counters
+from dtr.config import Settings
+from dtr.errors import (
+    BarrierMembersConflict,
+    BarrierTimeout,
+    ConfigError,
+    CoordinatorRefused,
+    CoordinatorUnavailable,
+    FormTimeout,
+    InvalidInput,
+    NotJoined,
+    RosterChanged,
+)
+from dtr.runs import World
+from dtr.session import Session
+from dtr.state.keys import Keys
+from tests.proxy import Proxy
+from tests.servers import RedisServer
+from worker_agent import Agent, TrainingOrchestrator
+
+Make = Callable[..., Session]
+
+
+def formed(make_session: Make, count: int, **options: Any) -> list[Session]:
+    """Sessions of one process that are in one run."""
+    sessions = [make_session(f"w{rank}", rank=rank, world=World(low=count, high=count), **options) for rank in range(count)]
+    together([lambda s=s: s.start().form() for s in sessions])
+    return sessions
+
+
+def together(calls: list[Callable[[], Any]]) -> list[Any]:
+    """Do the calls at the same time; their results, or the exceptions that they raised."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures: list[Future[Any]] = [pool.submit(call) for call in calls]
+        return [f.exception() or f.result() for f in futures]
+
+
+def test_a_timeout_names_exactly_the_missing_the_same_for_all(make_session: Make) -> None:
+    """Two of four wait; both errors have the same list: rank, worker, host, last step, last beat."""
+    sessions = formed(make_session, 4)
+    sessions[3].page.write(17, "training")
+    errors = together([lambda s=s: s.barrier("b", timeout_s=1.0) for s in sessions[:2]])
+    assert all(isinstance(error, BarrierTimeout) for error in errors), errors
+    assert [[(m.rank, m.worker, m.host) for m in error.missing] for error in errors] == [
+        [(2, "w2", sessions[2].host), (3, "w3", sessions[3].host)]
+    ] * 2
+    assert "Missing: rank 2 w2 on" in str(errors[0])
+    assert all(m.departed is None for m in errors[0].missing)
+    assert all(m.beat_age_s < 5 for m in errors[0].missing)
+
+
+def test_a_round_that_timed_out_is_consumed_for_everyone(make_session: Make) -> None:
+    """The late rank gets that round's error once; then all meet in the next."""
+    first, late = formed(make_session, 2)
+    with pytest.raises(BarrierTimeout):
+        first.barrier("b", timeout_s=0.3)
+    with pytest.raises(BarrierTimeout, match="round 0"):
+        late.barrier("b")
+    assert together([lambda s=s: s.barrier("b") for s in (first, late)]) == [None, None]
+
+
+def test_a_barrier_may_be_for_some(make_session: Make) -> None:
+    """Two of three meet without the third; who disagrees about the members, or is none of them, is told."""
+    a, b, c = formed(make_session, 3)
+    assert together([lambda s=s: s.barrier("pair", members=["w0", "w1"]) for s in (a, b)]) == [None, None]
+    with pytest.raises(InvalidInput, match="the caller w2 among them"):
+        c.barrier("pair", members=["w0", "w1"])
+    waiting = threading.Thread(target=lambda: together([lambda: a.barrier("mixed", members=["w0", "w1"], timeout_s=2)]))
+    waiting.start()
+    try:
+        while a.state.redis.exists(a.state.keys.barrier("mixed", a.run.id, 0).round) == 0:
+            pass
+        with pytest.raises(BarrierMembersConflict, match="whole roster"):
+            b.barrier("mixed")
+    finally:
+        waiting.join()
+
+
+@pytest.mark.parametrize("members", [[], ["w0", "w0"], ["w0", "nobody"], "w0", [0]])
+def test_wrong_members_are_refused(members: Any, make_session: Make) -> None:
+    """None, duplicates, strangers and things that are no names."""
+    (a,) = formed(make_session, 1)
+    with pytest.raises(InvalidInput, match="members must be"):
+        a.barrier("b", members=members)
+
+
+def test_without_redis_a_barrier_waits_and_then_says_so(settings: Settings, valkey: RedisServer, make_session: Make) -> None:
+    """A black hole instead of Redis: a clear error at the timeout, no verdict; and the same round once Redis is back."""
+    proxy = Proxy(valkey.port)
+    try:
+        (a,) = formed(make_session, 1, settings=replace(settings, redis_url=f"redis://127.0.0.1:{proxy.port}/0"))
+        proxy.set_mode("refuse")
+        with pytest.raises(CoordinatorUnavailable, match="barrier 'b' round 0 has no verdict after 1 s"):
+            a.barrier("b", timeout_s=1.0)
+        proxy.set_mode("pass")
+        a.barrier("b", timeout_s=30)
+        assert a.state.redis.hget(a.state.keys.roster, ":released/b") == "0"
+    finally:
+        proxy.close()
+
+
+def test_a_refusal_is_not_retried(settings: Settings, own_valkey: RedisServer, make_session: Make) -> None:
+    """A revoked user fails at once and clearly, in a barrier too, however long its timeout."""
+    with redis.Redis.from_url(own_valkey.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "trainer", "on", ">secret", "~*", "&*", "+@all")
+        url = own_valkey.url.replace("redis://", "redis://trainer:secret@")
+        (a,) = formed(make_session, 1, settings=replace(settings, redis_url=url))
+        a.barrier("b")
+        admin.execute_command("ACL", "SETUSER", "trainer", "off", "-@all")
+        admin.execute_command("CLIENT", "KILL", "USER", "trainer")
+        with pytest.raises(CoordinatorRefused) as caught:
+            a.barrier("b", timeout_s=60)
+        assert "secret" not in str(caught.value)
+        admin.execute_command("ACL", "SETUSER", "trainer", "on", "+@all")
+
+
+def test_forming_that_nobody_joins_ends_with_numbers(make_session: Make) -> None:
+    """One of two: the timeout says who is there and how many are missing."""
+    alone = make_session("w0", world=World(low=2, high=2)).start()
+    with pytest.raises(FormTimeout, match="1 of 2 members arrived"):
+        alone.form(timeout_s=0.5)
+
+
+def test_leaving_ends_the_run_for_the_others(make_session: Make) -> None:
+    """The others' next call says who left; form() makes the next run."""
+    a, b = formed(make_session, 2)
+    b.close()
+    with pytest.raises(RosterChanged, match=r"rank 1 \(w1\) departed: left") as caught:
+        a.barrier("b")
+    assert (caught.value.worker, caught.value.rank, caught.value.reason) == ("w1", 1, "left")
+    with pytest.raises(RosterChanged):
+        a.check()
+
+
+def test_counters_add_once_however_often_the_reply_is_lost(settings: Settings, valkey: RedisServer, make_session: Make) -> None:
+    """The reply of an addition is dropped three times: it is there once."""
+    proxy = Proxy(valkey.port)
+    try:
+        (a,) = formed(make_session, 1, settings=replace(settings, redis_url=f"redis://127.0.0.1:{proxy.port}/0"))
+        assert counters.add(a, "saves_skipped") == 1
+        proxy.drop_replies(3, matching=b"saves_skipped", then="close")
+        assert counters.add(a, "saves_skipped") == 2
+        assert proxy.dropped == 3
+        assert counters.read(a.state) == {"saves_skipped": 2}
+    finally:
+        proxy.close()
+
+
+def test_a_thousand_and_one_arguments_of_an_agent(valkey: RedisServer, job: str, tmp_path: Path) -> None:
+    """Wrong arguments are refused before anything is joined."""
+    good: dict[str, Any] = {"worker_id": "w", "coordinator_url": valkey.url, "job": job, "staging": str(tmp_path / "s")}
+    for wrong, message in [
+        ({"worker_id": "../x"}, "worker_id"),
+        ({"job": "A B"}, "job"),
+        ({"world_size": 0}, "world_size"),
+        ({"world_size": True}, "world_size"),
+        ({"world_size": (3, 2)}, "world_size"),
+        ({"world_size": 2, "rank": 2}, "rank"),
+        ({"world_size": 2, "rank": -1}, "rank"),
+        ({"coordinator_url": "http://h"}, "redis_url"),
+        ({"beat": "never"}, "beat"),
+        ({"ttl_s": 1, "beat_interval_s": 1}, "3 beats"),
+        ({"tls": 5}, "did you mean ttl_s"),
+    ]:
+        with pytest.raises((ConfigError, InvalidInput), match=message):
+            Agent(**{**good, **wrong})
+    with redis.Redis.from_url(valkey.url) as client:
+        assert not client.exists(Keys(job).meta)
+
+
+def test_an_agent_before_its_start_says_so(valkey: RedisServer, job: str, tmp_path: Path) -> None:
+    """Nothing is connected by the constructor, and each call says what to do first."""
+    agent = Agent("w", "redis://127.0.0.1:1/0", job=job, staging=str(tmp_path / "s"))
+    for call in (lambda: agent.run, lambda: agent.rank, lambda: agent.barrier("b"), agent.step):
+        with pytest.raises(NotJoined, match=r"start\(\)"):
+            call()
+    with pytest.raises(CoordinatorUnavailable, match="dtr up"):
+        agent.start()
+    agent.close()
+
+
+async def registered(agent: TrainingOrchestrator) -> None:
+    await agent.register_worker(ip="127.0.0.1", port=8080)
+
+
+def test_an_agent_registers_its_address_and_steps(valkey: RedisServer, job: str, tmp_path: Path) -> None:
+    """register_worker shows the address in redis-cli; steps grow and are numbered from 0."""
+    import asyncio
+
+    agent = TrainingOrchestrator(worker_id="w", coordinator_url=valkey.url, world_size=1, rank=0, job=job, staging=str(tmp_path / "s"))
+    asyncio.run(registered(agent))
+    with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
+        assert client.hget(Keys(job).worker("w"), "address") == "127.0.0.1:8080"
+    assert [agent.step(), agent.step(loss=0.5), agent.step(step=10)] == [0, 1, 10]
+    with pytest.raises(InvalidInput, match="step must grow: got 10 after 10"):
+        agent.step(step=10)
+    agent.close()
+    agent.close()

@@ -1,0 +1,161 @@
+"""A trainer for tests of the launcher, and the launcher as a process: ``python -m tests.launched FOLDER`` under ``worker_agent run``.
+
+The trainer forms runs and steps until FOLDER/stop is there, holds the GIL in C code for as many seconds as FOLDER/hold-gil says, and
+tells what happens as one JSON object a line in FOLDER/WORKER.RESTARTS.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from tests.waiting import eventually
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "DTR_TEST_MARK"
+
+
+def main(argv: list[str]) -> int:
+    from dtr.errors import BarrierBroken, RosterChanged, StaleIncarnation
+    from worker_agent import Agent
+
+    folder = Path(argv[0])
+    worker, restarts = os.environ["DTR_WORKER_ID"], os.environ["DTR_RESTARTS"]
+    with (folder / f"{worker}.{restarts}.jsonl").open("a") as file:
+
+        def say(event: str, **facts: Any) -> None:
+            file.write(json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic(), **facts}) + "\n")
+            file.flush()
+
+        say("started")
+        try:
+            with Agent.from_env() as agent:
+                while not (folder / "stop").exists():
+                    try:
+                        say("formed", run=agent.run, rank=agent.rank, world_size=agent.world_size, incarnation=agent.session.identity.incarnation)
+                        while not (folder / "stop").exists():
+                            agent.step()
+                            time.sleep(0.05)
+                            hold_gil(folder, say)
+                            agent.barrier("step")
+                    except (BarrierBroken, RosterChanged) as change:
+                        say("changed", reason=change.message)
+                        if not (folder / "stop").exists():
+                            agent.form()
+        except StaleIncarnation as stale:
+            say("stale", reason=stale.message)
+            return 3
+        say("done")
+    return 0
+
+
+def hold_gil(folder: Path, say: Callable[..., None]) -> None:
+    """Nothing of Python runs in this process meanwhile, as with C code that does not release the GIL."""
+    order = folder / f"hold-gil-{os.environ['LOCAL_RANK']}"
+    if order.exists():
+        seconds = float(order.read_text())
+        say("holding")
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+        order.unlink()
+        say("held")
+
+
+class Launcher:
+    """A launcher process, seen from a test. Whatever bears its mark is killed in the end.
+
+    Args:
+        folder: for its output and what its trainers tell.
+        options: of ``run``, with the command; the command is this module's trainer if there is no ``--``.
+        env: what differs from this process's environment.
+        python: how it is started.
+    """
+
+    def __init__(self, folder: Path, *options: str, env: dict[str, str], stdin: int = subprocess.DEVNULL) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.mark = secrets.token_hex(8)
+        command = [] if "--" in options else ["--", sys.executable, "-m", "tests.launched", str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark, **env}
+        with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "worker_agent", "run", *options, *command],
+                cwd=ROOT, env=environment, stdin=stdin, stdout=out, stderr=err,
+            )  # fmt: skip
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text(errors="replace")
+
+    def said(self, rank: int | str = "*", restarts: int | str = "*") -> list[dict[str, Any]]:
+        """What the trainers told, in the order of time; ``rank`` is the local one."""
+        lines: list[dict[str, Any]] = []
+        for path in self.folder.glob(f"*-{rank}.{restarts}.jsonl"):
+            worker = path.name.removesuffix(".jsonl").rpartition(".")[0]
+            text = path.read_text()
+            lines += [{**json.loads(line), "worker": worker} for line in text[: text.rfind("\n") + 1].splitlines()]
+        return sorted(lines, key=lambda line: line["at"])
+
+    def wait_for(self, event: str, *, count: int = 1, rank: int | str = "*", restarts: int | str = "*", timeout_s: float = 60) -> dict[str, Any]:
+        """The newest of ``count`` such events."""
+
+        def found() -> list[dict[str, Any]]:
+            assert self.process.poll() is None or event in {"done", "stale"}, f"the launcher ended: {self.err}"
+            return [line for line in self.said(rank, restarts) if line["event"] == event]
+
+        what = f"{count} x {event!r} from {rank}"
+        return eventually(lambda: found() if len(found()) >= count else None, timeout_s=timeout_s, what=what)[-1]
+
+    def stop_trainers(self) -> None:
+        """Have the trainers end by themselves."""
+        (self.folder / "stop").touch()
+
+    def wait(self, timeout_s: float = 60) -> int:
+        """Its exit status."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the launcher does not end; it said: {self.err}") from None
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def left(self) -> list[int]:
+        """The processes that bear its mark: everything that it started, however far down."""
+        return [pid for pid in _marked(self.mark) if pid != self.process.pid]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pid in [self.process.pid, *self.left()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+def _marked(mark: str) -> Sequence[int]:
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if f"{MARK}={mark}".encode() in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                    found.append(int(entry))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,253 @@
+"""What surrounds the demo's story: options, signals, folders, advice, and what is shown."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dtr.config import Settings
+from dtr.errors import ConfigError, InvalidInput
+from tests.waiting import eventually
+from worker_agent.demo.__main__ import needs, parser, settings_of
+from worker_agent.demo.advice import advice, command_of
+from worker_agent.demo.checks import Check
+from worker_agent.demo.options import Options
+from worker_agent.demo.report import LiveReport, Now, PlainReport, conclude
+from worker_agent.demo.workplace import SHARED_MEMORY, Workplace, clean_environment, memory_base
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"workers": 0}, "workers"),
+        ({"workers": 17}, "workers"),
+        ({"workers": 1}, "workers"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 7}, "steps"),
+        ({"hidden": 0}, "hidden"),
+        ({"rejoin_after_s": -1.0}, "rejoin-after"),
+        ({"rejoin_after_s": float("nan")}, "rejoin-after"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(given, field):
+    """The message names the option."""
+    with pytest.raises(InvalidInput, match=field):
+        Options(**given)
+
+
+def test_one_trainer_is_fine_where_nobody_is_killed():
+    """So are few steps."""
+    assert Options(workers=1, steps=1, kill=False).save_every == 1
+
+
+@pytest.mark.parametrize("steps", [8, 30, 60, 400, 1001])
+def test_the_kill_comes_after_the_first_save_and_well_before_the_end(steps):
+    """There has to be something to restore, and time for the replacement."""
+    options = Options(steps=steps)
+    assert options.save_every <= options.kill_at < steps * 3 // 4
+
+
+def test_a_given_store_gets_a_folder_of_its_own_for_each_demo(tmp_path):
+    """No older job is found in it; a query stays a query; without one the demo's own folder is the store."""
+    assert Options(store="s3://bucket/p?endpoint=http://h:1").store_in("/own", "demo-7") == "s3://bucket/p/demo-7?endpoint=http://h:1"
+    assert Options(store=str(tmp_path)).store_in("/own", "demo-7") == f"file://{tmp_path}/demo-7"
+    assert Options().store_in("/own", "demo-7") == "file:///own"
+    with pytest.raises(ConfigError):
+        Options(store="ftp://host/x").store_in("/own", "demo-7")
+
+
+def test_defaults_of_the_command_line_are_those_of_the_options():
+    """The parser adds nothing of its own."""
+    assert Options(**vars(parser().parse_args([]))) == Options()
+
+
+def test_nothing_of_the_users_dtr_gets_in():
+    """Settings, a launcher's variables and dtr.toml stay outside; other variables pass."""
+    env = clean_environment(
+        {"DTR_STORE": "s3://mine", "DTR_TTL_S": "3", "RANK": "1", "WORLD_SIZE": "2", "PATH": "/bin", "PYTHONPATH": "/p"},
+        import_from=Path("/src"),
+        installed=frozenset({Path("/site")}),
+    )
+    assert {name: value for name, value in env.items() if not name.endswith("THREADS")} == {"PATH": "/bin", "PYTHONPATH": "/src:/p"}
+    assert env["OMP_NUM_THREADS"] == "1"
+    assert "PYTHONPATH" not in clean_environment({}, import_from=Path("/site"), installed=frozenset({Path("/site")}))
+
+
+def test_what_is_started_gets_exactly_the_demos_settings(tmp_path, monkeypatch):
+    """Whoever reads the environment of the demo's processes finds the director's settings again."""
+    monkeypatch.setenv("DTR_STORE", "s3://mine")
+    place = Workplace(folder=tmp_path, memory=tmp_path / "memory")
+    settings = settings_of(place, Options(), port=7001, stamp="x")
+    assert settings.store == f"file://{place.store}"
+    assert Settings.load(environ=place.environment({}, settings), config_file=os.devnull) == settings
+
+
+@pytest.mark.parametrize(("free", "expected"), [(None, Path("/tmp/x")), (99, Path("/tmp/x")), (100, SHARED_MEMORY)])
+def test_small_shared_memory_is_left_alone(free, expected):
+    """Docker gives 64 MB: then everything goes to disk."""
+    assert memory_base(100, free, Path("/tmp/x")) == expected
+
+
+def test_a_demo_says_how_much_room_it_needs():
+    """Gradients of all ranks, slots of two of them, and every save on disk."""
+    memory, disk = needs(Options())
+    assert 150e6 < memory < 400e6
+    assert 300e6 < disk < 1000e6
+
+
+def test_workplace_knows_its_processes_and_leaves_nothing(tmp_path, monkeypatch):
+    """A process is the demo's by its environment or by its folder; clearing ends both, and removes both folders."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    place = Workplace.create(memory_bytes=1, disk_bytes=1)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    children = [
+        subprocess.Popen(sleep, env={"DTR_HOME": str(place.home)}),
+        subprocess.Popen(sleep, env={}, cwd=place.home),
+        subprocess.Popen(sleep, env={"DTR_HOME": str(place.home) + "x"}),
+    ]
+    try:
+        eventually(lambda: {process.pid for process in place.running()} == {children[0].pid, children[1].pid}, what="both are seen")
+        (place.staging / ".launchers").mkdir(parents=True)
+        (place.staging / "slot").touch()
+        assert place.remains() == []
+        (place.staging / ".launchers" / "demo.0.lock").touch()
+        (place.gradients / "gradients-1").touch()
+        assert place.remains() == ["gradients/gradients-1", "staging/.launchers/demo.0.lock"]
+        place.clear(keep=False)
+        assert [child.wait(30) for child in children[:2]] == [-signal.SIGKILL] * 2
+        assert children[2].poll() is None
+        assert not place.folder.exists()
+        assert not place.memory.exists()
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def test_a_full_disk_is_said_before_anything_is_started(tmp_path, monkeypatch):
+    """The message has both numbers, and nothing stays."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(Exception, match=r"needs about 1,000,000,000,000 MB in .*, and .* MB are free"):
+        Workplace.create(memory_bytes=1, disk_bytes=10**18)
+    assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = """
+import os, signal, sys
+from worker_agent.demo.interrupts import Interrupts
+interrupts = Interrupts()
+interrupts.install()
+def press():
+    os.kill(os.getpid(), signal.{signal})
+if {early}:
+    press()
+    print("not disturbed")
+try:
+    with interrupts.allowed():
+        print("allowed")
+        press()
+        print("never said")
+except KeyboardInterrupt:
+    press()
+    print("cleared up")
+sys.exit(interrupts.status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "early", "said", "status"),
+    [
+        ("SIGINT", False, ["allowed", "cleared up"], 130),
+        ("SIGTERM", False, ["allowed", "cleared up"], 143),
+        ("SIGINT", True, ["not disturbed", "cleared up"], 130),
+    ],
+)
+def test_a_signal_interrupts_once_and_only_where_it_may(name, early, said, status):
+    """Before it is allowed a signal waits; while clearing up another one does nothing."""
+    program = INTERRUPTED.format(signal=name, early=early)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split("\n")[:-1], done.returncode, done.stderr) == (said, status, "")
+
+
+def test_a_signal_held_back_until_installed_is_not_lost():
+    """`dtr demo` blocks signals while the program loads: Ctrl-C then ends it as soon as it can clear up."""
+    program = """
+from worker_agent.demo.interrupts import Interrupts
+interrupts = Interrupts()
+interrupts.install()
+print(interrupts.number)
+"""
+    blocked = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+os.kill(os.getpid(), signal.SIGINT)
+os.execv(sys.executable, [sys.executable, "-c", {program!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
+
+
+def test_advice_can_be_typed_as_it_stands(tmp_path):
+    """dtr by name where it is on PATH, else by path; redis-cli where it is there, else dtr's own."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "dtr"):
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    python = str(tmp_path / "bin" / "python")
+    assert command_of(python, str(tmp_path), which=lambda name: None) == "bin/dtr"
+    assert command_of(python, "/elsewhere", which=lambda name: None) == str(tmp_path / "bin" / "dtr")
+    assert command_of(python, "/elsewhere", which=lambda name: str(tmp_path / "bin" / name)) == "dtr"
+    assert command_of("/nowhere/python", "/x", which=lambda name: None) == "/nowhere/python -m dtr"
+    lines = advice("redis://127.0.0.1:7001/0", "demo", "http://127.0.0.1:5", executable=python, cwd=str(tmp_path), which=lambda name: None)
+    assert "  bin/dtr redis-cli HGETALL 'dtr:{demo}:meta'" in lines
+    assert "  export DTR_REDIS_URL=redis://127.0.0.1:7001/0" in lines
+    with_client = advice("redis://127.0.0.1:7001/0", "demo", None, executable=python, cwd=str(tmp_path), which=lambda name: name)
+    assert "  redis-cli -p 7001 HGETALL 'dtr:{demo}:meta'" in with_client
+    assert not [line for line in with_client if "Flower" in line]
+
+
+NOW = Now(step=41, steps=400, loss=2.5, step_s=0.05, ranks=[(0, "training"), (1, "killed")], saved=2, durable=1)
+LONG = "barrier 'mean' round 17 of run 0001-abcd is broken: rank 2 (a-long-host-name-1234abcd-2) departed: signal 9 (SIGKILL)"
+
+
+def test_without_a_terminal_there_are_plain_whole_lines():
+    """No control codes, no wrapping, not even of a long line."""
+    out = io.StringIO()
+    report = PlainReport(Console(file=out, width=40))
+    report.say(LONG, "bold red")
+    report.show(NOW)
+    report.close()
+    assert re.fullmatch(r" +0\.\d s  " + re.escape(LONG) + "\n", out.getvalue())
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+def test_on_a_terminal_no_line_is_wider_than_the_screen(width):
+    """Lines are broken between words; the display keeps to the width too."""
+    out = io.StringIO()
+    report = LiveReport(Console(file=out, width=width, force_terminal=True, color_system=None))
+    report.say(LONG)
+    report.show(NOW)
+    report.say("more")
+    report.close()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", out.getvalue())
+    assert max(len(line.rstrip()) for line in plain.splitlines()) <= width
+    assert "step 42 of" in plain
+    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1
+
+
+def test_a_failed_check_stands_out_and_is_counted():
+    """The last line says how many failed."""
+    out = io.StringIO()
+    report = PlainReport(Console(file=out))
+    conclude(report, [("loss", "5 to 2")], [Check(ok=True, what="a", detail="b"), Check(ok=False, what="c", detail="d")])
+    lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
+    assert lines == ["loss            5 to 2", "ok      a: b", "FAILED  c: d", "1 of 2 checks failed"]

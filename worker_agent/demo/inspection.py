@@ -1,0 +1,2 @@
+Inspection = None
+inspect = None
