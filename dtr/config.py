@@ -59,6 +59,7 @@ class Settings:
     keep_last: int = _setting(5, "commits that retention keeps on the lineage; 0 keeps all", 0)
     reader_grace_s: float = _setting(600.0, "how long objects outlive their manifest, for readers under way", 0.0, 2_592_000)
     upload_mbps: float | None = _setting(None, "bandwidth cap of one upload in MB/s", 0.001)
+    upload_processes: int | None = _setting(None, "parts that an uploader carries at once; default: one per core, 2 to 4", 1, 64)
     flower_port: int = _setting(5555, "port of Flower on 127.0.0.1", 1, 65_535)
 
     @classmethod

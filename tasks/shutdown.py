@@ -17,18 +17,24 @@ from collections.abc import Callable, Iterable
 
 from tasks.config import DRAIN_S, KILL_S
 
-__all__ = ["begin", "is_over", "share", "watch"]
+__all__ = ["begin", "is_orphan", "is_over", "share", "watch"]
 
 log = logging.getLogger(__name__)
 
 _page: mmap.mmap | None = None
+_owner_pid = 0
 
 
 def share() -> None:
     """Make the page, before the pool forks."""
-    global _page
+    global _page, _owner_pid
     if _page is None:
-        _page = mmap.mmap(-1, mmap.PAGESIZE)
+        _page, _owner_pid = mmap.mmap(-1, mmap.PAGESIZE), os.getpid()
+
+
+def is_orphan() -> bool:
+    """Whether this process of the pool has lost its worker."""
+    return _owner_pid not in {0, os.getpid(), os.getppid()}
 
 
 def begin(drain_s: float = DRAIN_S) -> None:

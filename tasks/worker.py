@@ -8,6 +8,7 @@ import os
 import signal
 from typing import Any, Final
 
+from billiard import active_children
 from celery import signals
 from celery.apps.worker import Worker
 from kombu import Queue
@@ -18,8 +19,6 @@ from tasks import shutdown
 from tasks.config import settings
 
 __all__ = ["UploadWorker"]
-
-log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -50,20 +49,16 @@ def _say_what_is_done(loglevel: int = logging.WARNING, **_: Any) -> None:
 def _end_with_the_worker(**_: Any) -> None:
     """A pool process whose worker was killed would wait for ever: the kernel kills it as well."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == 1 and "DTR_PARENT_IS_INIT" not in os.environ:
-        log.debug("the parent of this process is init")
+    if shutdown.is_orphan():  # killed before the kernel was asked
+        os._exit(1)
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _drain(**_: Any) -> None:
     """SIGTERM, SIGINT or SIGQUIT: in the signal handler, so nothing here may wait."""
     shutdown.begin()
-    from celery.worker import state  # noqa: F401 - loaded already; named for the reader
-
     shutdown.watch(_pool_processes)
 
 
 def _pool_processes() -> list[int]:
-    from billiard import active_children
-
     return [child.pid for child in active_children() if child.pid]

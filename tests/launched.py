@@ -42,7 +42,13 @@ def main(argv: list[str]) -> int:
             with Agent.from_env() as agent:
                 while not (folder / "stop").exists():
                     try:
-                        say("formed", run=agent.run, rank=agent.rank, world_size=agent.world_size, incarnation=agent.session.identity.incarnation)
+                        say(
+                            "formed",
+                            run=agent.run,
+                            rank=agent.rank,
+                            world_size=agent.world_size,
+                            incarnation=agent.session.identity.incarnation,
+                        )
                         while not (folder / "stop").exists():
                             agent.step()
                             time.sleep(0.05)
@@ -109,7 +115,9 @@ class Launcher:
             lines += [{**json.loads(line), "worker": worker} for line in text[: text.rfind("\n") + 1].splitlines()]
         return sorted(lines, key=lambda line: line["at"])
 
-    def wait_for(self, event: str, *, count: int = 1, rank: int | str = "*", restarts: int | str = "*", timeout_s: float = 60) -> dict[str, Any]:
+    def wait_for(
+        self, event: str, *, count: int = 1, rank: int | str = "*", restarts: int | str = "*", timeout_s: float = 60
+    ) -> dict[str, Any]:
         """The newest of ``count`` such events."""
 
         def found() -> list[dict[str, Any]]:

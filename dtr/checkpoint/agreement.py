@@ -187,8 +187,8 @@ class Agreement:
                 return answer
             if clock.monotonic() > deadline:
                 raise RestoreFailed(
-                    f"restore of run {self._run.id} has seen nothing new for {self._patience_s:g} s; still missing: {self._missing(answer)}. "
-                    "Every rank must call restore().",
+                    f"restore of run {self._run.id} has seen nothing new for {self._patience_s:g} s; still missing: "
+                    f"{self._missing(answer)}. Every rank must call restore().",
                     run=self._run.id, state=answer.state,
                 )  # fmt: skip
 

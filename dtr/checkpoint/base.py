@@ -94,7 +94,9 @@ def settle(session: Session, store: Store, url: str, *, restored: Checkpoint | N
     """Fix the base at the first save of a run that nobody restored collectively; returns when it is SET.
 
     Args:
-        session, store, url: as for :func:`fix`.
+        session: in the run.
+        store: of the job.
+        url: of the store as users name it.
         restored: what this process restored before the run had a base.
         fresh: start anew on purpose, though the store holds checkpoints.
 

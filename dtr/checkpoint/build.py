@@ -152,7 +152,7 @@ def _reinterpreted(tensor: Tensor, dtype: np.dtype[Any], shape: tuple[int, ...])
     if tensor.label != "U8" or tensor.array.nbytes != math.prod(shape) * dtype.itemsize:
         raise _invalid(shape, f"a shape that {tensor.array.nbytes} bytes fill as {dtype}")
     try:
-        return np.ndarray(shape, dtype, tensor.array.reshape(-1).data if tensor.array.nbytes else b"")
+        return np.ndarray(shape, dtype, tensor.array.reshape(-1).data if tensor.array.nbytes else bytearray())
     except (ValueError, OverflowError, MemoryError) as exc:
         raise _invalid(shape, "a shape that numpy can hold") from exc
 

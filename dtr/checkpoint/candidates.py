@@ -75,7 +75,8 @@ def gather(
         store: of the job.
         lineage: only its checkpoints are candidates.
         holdings: what the store was seen to hold.
-        rank, world_size: of the reader.
+        rank: of the reader.
+        world_size: ranks of the reader's run.
         step: only checkpoints of this step.
         retired: whether retention has chosen a checkpoint, though its manifest still stands.
         enough: how many to find.
@@ -130,5 +131,3 @@ def newest_commit(store: Store, checkpoints: Iterable[Checkpoint]) -> Checkpoint
         except IntegrityError:
             return run, step
     return None
-
-

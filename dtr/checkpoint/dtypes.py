@@ -6,10 +6,11 @@ import re
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtr.errors import ManifestInvalid
 
-__all__ = ["NATIVE", "describe", "parse", "why_unsupported"]
+__all__ = ["NATIVE", "describe", "parse", "scalar_bytes", "why_unsupported"]
 
 NATIVE: Final = frozenset(
     {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64", "C64"}
@@ -51,6 +52,15 @@ def _comes_back(dtype: np.dtype[Any]) -> bool:
 def describe(dtype: np.dtype[Any]) -> Any:
     """JSON-able: text, or a list of fields."""
     return np.lib.format.dtype_to_descr(np.lib.format.drop_metadata(dtype))
+
+
+def scalar_bytes(value: NDArray[Any]) -> bytes:
+    """The bytes of a 0-d array. The six unused ones of an 80-bit long double, which hold whatever was there, are zeroed."""
+    content = bytearray(value.tobytes())
+    if value.dtype.kind in "fc" and value.dtype.itemsize // (1 + (value.dtype.kind == "c")) == 16 and np.finfo(value.dtype).nmant == 63:
+        for start in range(10, len(content), 16):
+            content[start : start + 6] = bytes(6)
+    return bytes(content)
 
 
 def parse(described: Any) -> np.dtype[Any]:

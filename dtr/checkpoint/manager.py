@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
-from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -12,16 +12,14 @@ from typing import Any, Self
 from dtr import names
 from dtr.checkpoint import base
 from dtr.checkpoint.announce import Save, Sight
-from dtr.checkpoint.catalogue import Listed, catalogue, verify_parts
+from dtr.checkpoint.catalogue import Listed, Verified, catalogue, verify_parts
 from dtr.checkpoint.handle import SaveHandle
-from dtr.checkpoint.lineage import Checkpoint
-from dtr.checkpoint.parts import Fence, Spec, StagedPart
-from dtr.checkpoint.payload import lay_out
+from dtr.checkpoint.lineage import Checkpoint, Lineage
+from dtr.checkpoint.parts import Fence, Spec
 from dtr.checkpoint.publisher import Publisher
 from dtr.checkpoint.rebuild import index_checkpoint, index_run, rebuild
 from dtr.checkpoint.restore import BaseIsSet, Restored, read_newest, restore_run
-from dtr.checkpoint.slots import Found, SlotRecord
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.stage import Stage
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
 from dtr.config import LauncherEnvironment, Settings
 from dtr.errors import (
@@ -31,6 +29,9 @@ from dtr.errors import (
     DtrError,
     ForkedProcess,
     NotFound,
+    RosterChanged,
+    StaleIncarnation,
+    StateLost,
     StoreRefused,
     Unavailable,
 )
@@ -80,8 +81,8 @@ class CheckpointManager:
         settings: Settings | None = None,
         fresh: bool = False,
     ) -> None:
-        given = settings or (session.settings if session is not None else None)
-        self.settings = given or Settings.load(redis_url=coordinator_url, job=job)
+        chosen = settings or (session.settings if session is not None else None)
+        self.settings = chosen or Settings.load(redis_url=coordinator_url, job=job)
         launcher = LauncherEnvironment.load()
         self._world_size = names.positive(world_size or launcher.world_size or 1, "world_size", 100_000)
         asked = rank if rank is not None else (launcher.rank if world_size is None else None)
@@ -90,9 +91,10 @@ class CheckpointManager:
         base_store = open_store(store)
         self.url = base_store.url
         self._store = base_store.child(self.settings.job)
-        self._session, self._owns_session = session, False
+        self._given, self._session, self._own = session is not None, session, False
+        self._chosen = chosen is not None
         self._state: JobState | None = None
-        self._arena: Arena | None = None
+        self._stage = Stage()
         self._publisher: Publisher | None = None
         self._based: set[str] = set()  # runs whose base is known to be SET
         self._restored: Checkpoint | None = None
@@ -122,7 +124,6 @@ class CheckpointManager:
         step = names.step(step)
         self._check()
         session = self._joined()
-        session.check()
         run, who = session.run, session.identity
         spec = Spec(run=run.id, step=step, world_size=run.world_size, store=self.url, replicated=replicated, writer=WRITER)
         seat = run.roster[who.worker_id]
@@ -131,11 +132,12 @@ class CheckpointManager:
         self._fix_base(session)
         handle = SaveHandle(run.id, step)
         save = Save(
-            handle=handle, spec=spec, fence=fence, state_id=who.state_id, settle=partial(self._settle, session, run.id), started_s=started_s
+            handle=handle, spec=spec, fence=fence, state_id=who.state_id, settle=partial(self._settle_late, session, run.id),
+            started_s=started_s,
         )  # fmt: skip
         try:
             if not replicated or run.rank == WRITER:
-                self._stage(session, save, state)
+                self._stage.put(session, self.settings, save, state)
         except BaseException as exc:
             self._give_up(session, save, exc)
             raise
@@ -143,33 +145,6 @@ class CheckpointManager:
         failpoint("save.after_stage")
         self._publishing(session).submit(save)
         return handle
-
-    def _stage(self, session: Session, save: Save, state: Any) -> None:
-        spec, fence, settings = save.spec, save.fence, self.settings
-        about = {"job": settings.job, "run": spec.run, "step": str(spec.step), "rank": f"{fence.rank} of {spec.world_size}"}
-        layout, leaves = lay_out(state, about)
-        if self._arena is None:
-            self._arena = Arena(
-                settings.staging, job=settings.job, worker=fence.worker, slots=settings.slots, budget_bytes=settings.staging_budget_bytes,
-                policy=settings.slot_policy, wait_s=settings.slot_wait_s,
-            )  # fmt: skip
-        slot = self._arena.acquire(layout.size_bytes)
-        if slot is None:
-            reason = "skipped: every staging slot still waits for its upload"
-            save.failed, save.counter = reason, "saves_skipped"
-            save.handle.fail("SKIPPED", CheckpointAborted(f"run {spec.run} step {spec.step}: rank {fence.rank} {reason}", reason=reason))
-            log.warning("step %d is skipped: every staging slot still waits for its upload", spec.step)
-            return
-        record = slot.write(
-            layout,
-            leaves,
-            SlotRecord(
-                job=settings.job, run=spec.run, step=spec.step, rank=fence.rank, world_size=spec.world_size, worker=fence.worker,
-                incarnation=fence.incarnation, host=fence.host, store=self.url, replicated=spec.replicated,
-            ),
-        )  # fmt: skip
-        save.part = StagedPart(size_bytes=record.size_bytes, save=record.save)
-        save.slot = Found(files=slot.files, record=record, kind="STAGED")
 
     def _give_up(self, session: Session, save: Save, exc: BaseException) -> None:
         """This rank has no part: the others are told, so that nobody waits for it."""
@@ -198,13 +173,20 @@ class CheckpointManager:
             log.warning("what run %s continues is not on record yet; its saves are staged meanwhile: %s", run, exc)
 
     def _settle(self, session: Session, run: str) -> None:
-        """Return when the base of ``run`` is SET; in the publisher's thread as well."""
-        if run in self._based:
-            return
-        if not session.formed or session.run.id != run:
-            raise CheckpointAborted(f"run {run} ended before it was on record what it continues, so nothing of it can be committed", run=run)
         base.settle(session, self._store, self.url, restored=self._restored, fresh=self._fresh)
         self._based.add(run)
+
+    def _settle_late(self, session: Session, run: str) -> None:
+        """Return when the base of ``run`` is SET; called in the background, before anything of the run is published."""
+        if run in self._based:
+            return
+        if session.run.id == run:
+            try:
+                self._settle(session, run)
+                return
+            except (RosterChanged, StaleIncarnation, StateLost) as exc:
+                log.info("%s", exc)
+        raise CheckpointAborted(f"run {run} ended before it was on record what it continues, so nothing of it can be committed", run=run)
 
     def _recover_run(self, state: JobState, save: Save) -> None:
         """Redis does not know the run of a staged save: tell it from the store."""
@@ -223,3 +205,146 @@ class CheckpointManager:
         found = index_checkpoint(state, self._store, self.url, run, step) or "COMMITTED"
         checksum = next((part.checksum for part in manifest.parts if part.rank == save.fence.rank), "")
         return Sight(state=found, reason=manifest.reason or "", size_bytes=size_bytes, checksum=checksum)
+
+    # --- restoring --------------------------------------------------------------------------------------------------
+
+    def restore(self, step: int | None = None, *, fresh: bool = False) -> Restored | None:
+        """Read the newest checkpoint of the lineage that verifies.
+
+        In a run that does not continue anything yet (a started agent, before its first save) this is collective: every rank calls it, all
+        get the same checkpoint, and it becomes what the run continues. Otherwise it only reads, from the store alone if Redis is away.
+
+        Args:
+            step: only a checkpoint of this step. Default: the newest.
+            fresh: None is an answer if there is no checkpoint at all; otherwise that is an error.
+
+        Raises:
+            NoCheckpoint: there is none, and ``fresh`` was not given.
+            RestoreFailed: there are some, and none can be restored; the message has each one's reason.
+            WorldSizeMismatch: the newest one is sharded over another number of ranks.
+            RosterChanged: a member departed in mid-restore; call ``form()``.
+        """
+        step = None if step is None else names.step(step)
+        self._check()
+        session = self._known_session()
+        if session is not None:
+            run = session.run
+            if run.id not in self._based:
+                session.check()
+                try:
+                    return self._restore_run(session, run, step, fresh)
+                except BaseIsSet:
+                    self._based.add(run.id)
+        rank, world_size = (session.run.rank, session.run.world_size) if session is not None else (self._rank, self._world_size)
+        state = session.state if session is not None else self._own_state()
+        found = read_newest(self._store, self.url, state, rank=rank, world_size=world_size, step=step, fresh=fresh)
+        self._restored = (found.run, found.step) if found is not None else None
+        return found
+
+    def _restore_run(self, session: Session, run: Run, step: int | None, fresh: bool) -> Restored | None:
+        attempt = self._attempts.get(run.id, 0)
+        try:
+            found = restore_run(session, self._store, self.url, attempt=attempt, step=step, fresh=fresh)
+        except CheckpointError as exc:
+            if exc.facts.get("final"):
+                self._attempts[run.id] = attempt + 1
+            raise
+        self._based.add(run.id)
+        return found
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def list(self) -> tuple[Listed, ...]:
+        """Every decided checkpoint of the job in this store, the lineage's first, the newest first; read from the store."""
+        holdings = survey(self._store)
+        return catalogue(self._store, self._lineage(), holdings)
+
+    def latest(self) -> Listed | None:
+        """The newest commit of the lineage; None if there is none."""
+        return next((listed for listed in self.list() if listed.state == "COMMITTED"), None)
+
+    def verify(self, run: str, step: int) -> Verified:
+        """Read every byte of a checkpoint; raises IntegrityError that names what is wrong, NotFound if it was never decided."""
+        return verify_parts(self._store, read_manifest(self._store, names.name(run, "run"), names.step(step)))
+
+    def lineage(self) -> builtins.list[tuple[str, int]]:
+        """The runs before the current one with the last step that was taken from each, inclusive; oldest first."""
+        return self._lineage().ancestors()
+
+    def _lineage(self) -> Lineage:
+        session = self._known_session()
+        return lineage_of(self._store, self.url, survey(self._store), session.state if session is not None else self._own_state())
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def end_run(self) -> None:
+        """The run is over for this process: what it restored before is not what the next run continues."""
+        self._restored = None
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Let go of threads, slots and connections. Safe to call twice.
+
+        Args:
+            timeout_s: how long staged saves may take to be published; it never waits for their commit. What is staged is committed all
+                the same, by the uploader; handles that are undecided raise.
+        """
+        if self._closed or self._pid != os.getpid():
+            return
+        self._closed = True
+        if self._publisher is not None:
+            self._publisher.close(timeout_s)
+        self._stage.close()
+        if self._own and self._session is not None:
+            self._session.close()
+        if self._state is not None:
+            self._state.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise ForkedProcess(f"this manager belongs to process {self._pid}; create a new one in process {os.getpid()}")
+        if self._closed:
+            raise CheckpointError("this manager is closed; create a new one")
+
+    def _own_state(self) -> JobState:
+        if self._state is None:
+            self._state = JobState(self.settings.redis_url, self.settings.job, name="dtr-read")
+        return self._state
+
+    def _known_session(self) -> Session | None:
+        """The membership that this process has: the one given, or its agent's while that is in a run."""
+        if self._given or self._own:
+            return self._session
+        current = Session.current(self.settings.redis_url, self.settings.job)
+        if current is not None and current.formed:
+            self._session = current
+            if not self._chosen:
+                self.settings = current.settings
+            return current
+        return None
+
+    def _joined(self) -> Session:
+        """The membership to save under; without an agent, one of our own."""
+        session = self._known_session()
+        if session is None:
+            session = self._join()
+        session.check()
+        return session
+
+    def _join(self) -> Session:
+        world, launcher = World(low=self._world_size, high=self._world_size), self._launcher
+        session = Session(
+            self.settings, worker_id=launcher.worker_id, rank=self._rank, world=world, launcher=launcher.socket, recover=self._rebuild
+        )
+        session.start()
+        self._session, self._own = session, True
+        session.form()
+        return session
+
+    def _rebuild(self, state_id: str) -> int:
+        return rebuild(self._own_state(), self.url, state_id=state_id)

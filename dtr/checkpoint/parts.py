@@ -9,7 +9,7 @@ decision record back from the store calls ``decide``. Every call may be sent twi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -40,6 +40,10 @@ __all__ = [
 
 OPEN_STATES: Final = ("WRITING", "SEALED", "ABORTING")
 FINAL_STATES: Final = ("COMMITTED", "ABANDONED", "ABORTED")
+_PART_FIELDS: Final = (
+    "state", "worker", "incarnation", "host", "save", "size_bytes", "object", "checksum", "uploader", "lease_until", "retry_at",
+    "attempts", "failures", "progress_bytes", "error",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +285,8 @@ def decide(state: JobState, run: str, step: int, *, decision: str, reason: str =
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(state: JobState, run: str, step: int) -> CheckpointView | None:
-    """The checkpoint and its parts at one moment; None if Redis has none.
+def read(state: JobState, run: str, step: int, ranks: Sequence[int] | None = None) -> CheckpointView | None:
+    """The checkpoint and its parts (those of ``ranks`` alone, if given) at one moment; None if Redis has none.
 
     Raises:
         StateCorrupt: a field is missing or no number.
@@ -290,9 +294,14 @@ def read(state: JobState, run: str, step: int) -> CheckpointView | None:
     with translate(state.url):
         pipeline = state.redis.pipeline(transaction=True)
         pipeline.hgetall(state.keys.ckpt(run, step))
-        pipeline.hgetall(state.keys.parts(run, step))
+        names = [f"{rank}/{field}" for rank in ranks or () for field in _PART_FIELDS]
+        if ranks is None:
+            pipeline.hgetall(state.keys.parts(run, step))
+        elif names:
+            pipeline.hmget(state.keys.parts(run, step), names)
         pipeline.time()
-        fields, part_fields, (seconds, microseconds) = pipeline.execute()
+        fields, *found, (seconds, microseconds) = pipeline.execute()
+    part_fields = found[0] if ranks is None else {n: v for n, v in zip(names, found[0] if found else (), strict=True) if v is not None}
     if not fields:
         return None
     try:

@@ -87,12 +87,12 @@ def read_bytes(store: Store, part: PartFacts) -> np.ndarray[Any, np.dtype[np.uin
     with ThreadPoolExecutor(1, thread_name_prefix="dtr-read") as pool:
         ahead = None
         for n, piece in enumerate(slices):
-            count = ahead.result() if ahead is not None else store.read_into(part.object, memoryview(piece), n * _SLICE_BYTES)
+            count = ahead.result() if ahead is not None else store.read_into(part.object, piece.data, n * _SLICE_BYTES)
             if count != len(piece):
                 raise IntegrityError(f"object {part.object} ended after {n * _SLICE_BYTES + count} of {part.size_bytes} bytes")
             ahead = None
             if n + 1 < len(slices):
-                ahead = pool.submit(store.read_into, part.object, memoryview(slices[n + 1]), (n + 1) * _SLICE_BYTES)
+                ahead = pool.submit(store.read_into, part.object, slices[n + 1].data, (n + 1) * _SLICE_BYTES)
             running.update(piece)
     if running.text != part.checksum:
         raise ChecksumMismatch(f"object {part.object} has checksum {running.text}, its manifest says {part.checksum}")

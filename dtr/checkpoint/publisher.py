@@ -71,7 +71,7 @@ class Publisher:
     Args:
         session: whose counters count what is skipped.
         recover_run: called with a save whose run Redis does not know.
-        recover_checkpoint: called with a save whose checkpoint Redis does not know; True if the store had its decision.
+        find_decision: called with a save whose checkpoint Redis does not know; what the store decided, or None.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class Publisher:
         session: Session,
         *,
         recover_run: Callable[[JobState, Save], None],
-        recover_checkpoint: Callable[[JobState, Save], bool],
+        find_decision: Callable[[JobState, Save], Sight | None],
         clock: Clock = SYSTEM,
     ) -> None:
         self._session, self._clock = session, clock
-        self._recover_run, self._recover_checkpoint = recover_run, recover_checkpoint
+        self._recover_run, self._find_decision = recover_run, find_decision
         self._news = threading.Condition()
         self._inbox: list[Save] = []  # to be published, oldest first
         self._watched: list[Save] = []  # published, undecided
@@ -146,7 +146,7 @@ class Publisher:
             while True:
                 due_s = min((save.due_s for save in self._inbox + self._watched), default=None)
                 if due_s is None:
-                    if self._closing or not self._news.wait(IDLE_S) and not self._inbox:
+                    if self._closing or (not self._news.wait(IDLE_S) and not self._inbox):
                         self._thread = None
                         return False
                     continue
@@ -236,8 +236,9 @@ class Publisher:
         if unseen_s < FORGOTTEN_S:
             return
         try:
-            if self._recover_checkpoint(state, save):
-                save.unseen_since_s = None
+            decided = self._find_decision(state, save)
+            if decided is not None and decided.state:
+                self._judge(state, save, decided, now_s)
                 return
             if save.part is None and unseen_s > WRITER_S:
                 save.failed = f"the run ended, and the writer, rank {save.spec.writer}, has not been heard of for {WRITER_S:g} s"

@@ -7,13 +7,23 @@ was looked at is left alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, head_of
 from dtr.checkpoint.manifest import Manifest, RunRecord
-from dtr.checkpoint.survey import Holdings, known_runs, lineage_in_index, lineage_in_store, links_of, read_manifest, read_record, records, survey
+from dtr.checkpoint.survey import (
+    Holdings,
+    known_runs,
+    lineage_in_index,
+    lineage_in_store,
+    links_of,
+    read_manifest,
+    read_record,
+    records,
+    survey,
+)
 from dtr.errors import IntegrityError, NotFound, StateLost
 from dtr.runs import run_number
 from dtr.state.client import translate
@@ -25,7 +35,8 @@ __all__ = ["index_checkpoint", "index_run", "rebuild", "rebuild_missing"]
 log = logging.getLogger(__name__)
 
 READERS: Final = 8
-_In, _Out = TypeVar("_In"), TypeVar("_Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 def rebuild(state: JobState, store_url: str, *, state_id: str | None = None) -> int:
@@ -121,7 +132,7 @@ def _manifests(store: Store, holdings: Holdings) -> dict[Checkpoint, Manifest]:
     return {name: manifest for name, manifest in zip(names, _parallel(read, names), strict=True) if manifest is not None}
 
 
-def _parallel(read: Callable[[_In], _Out], items: Sequence[_In]) -> Iterable[_Out]:
+def _parallel(read: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
     if len(items) <= READERS:
         return [read(item) for item in items]
     with ThreadPoolExecutor(READERS, thread_name_prefix="dtr-rebuild") as pool:

@@ -98,9 +98,13 @@ def read_newest(
     """Read the newest checkpoint of the lineage that verifies, and change nothing.
 
     Args:
-        store, url, step, fresh: as for :func:`restore_run`.
+        store: of the job.
+        url: of the store as users name it.
         state: Redis, which knows the lineage best; None, or one that is away: the store's records tell it.
-        rank, world_size: of the part to read.
+        rank: whose part to read.
+        world_size: ranks of the reader's side.
+        step: only a checkpoint of this step; None: the newest.
+        fresh: None is an answer if there is no checkpoint at all.
 
     Raises:
         NoCheckpoint, RestoreFailed, WorldSizeMismatch, StoreUnavailable.
@@ -119,10 +123,12 @@ def read_newest(
         for name, reason in reasons.items():
             log.warning("checkpoint %s was not restored: %s", name, reason)
         return _restored(candidate, found, started)
-    return _nothing(offer, reasons, url, step, fresh)
+    _check_nothing(offer, reasons, url, step, fresh=fresh)
+    return None
 
 
-def _nothing(offer: Offer, reasons: dict[str, str], url: str, step: int | None, fresh: bool) -> None:
+def _check_nothing(offer: Offer, reasons: dict[str, str], url: str, step: int | None, *, fresh: bool) -> None:
+    """Raise unless nothing is a right answer."""
     if offer.misfit:
         raise WorldSizeMismatch(offer.misfit)
     if reasons:

@@ -78,7 +78,8 @@ def collect(store: Store, state: JobState, *, keep_last: int | None = None, read
     Args:
         store: of the job (the folder of the job in the store).
         state: the job.
-        keep_last, reader_grace_s: default: what the newest run was started with.
+        keep_last: commits of the lineage to keep; default: what the newest run was started with.
+        reader_grace_s: how long objects outlive their manifest; default: likewise.
 
     Does nothing if the newest run lives in another store, or has not yet fixed what it continues.
 

@@ -16,7 +16,7 @@ from dtr.checkpoint.candidates import name_of, newest_commit
 from dtr.checkpoint.lineage import Checkpoint, Lineage
 from dtr.checkpoint.slots import scan
 from dtr.checkpoint.survey import Holdings, lineage_of, survey
-from dtr.errors import CoordinatorUnavailable, RosterChanged
+from dtr.errors import RosterChanged
 from dtr.session import Session
 from dtr.state.client import translate
 from dtr.state.exchange import MAX_BLOCK_MS, Exchange
@@ -54,8 +54,7 @@ def wait_until_settled(session: Session, exchange: Exchange, store: Store, url: 
         if not said:
             said = True
             log.info("waiting up to %g s for %s to be decided", patience_s, ", ".join(name_of(*checkpoint) for checkpoint in pending))
-        for stream, entry_id, _ in exchange.wait(streams, MAX_BLOCK_MS):
-            streams[stream] = entry_id
+        streams |= {stream: entry_id for stream, entry_id, _ in exchange.wait(streams, MAX_BLOCK_MS)}
         session.guarded(_still_open(session))
 
 

@@ -1,7 +1,7 @@
 """What a store holds of one job, and the lineage that it tells. The store is the truth; Redis is asked only where it is the index of it.
 
-    runs/RUN.json                     what the run continues, and its roster
-    runs/RUN/STEP/manifest.json       the decision about one checkpoint
+runs/RUN.json                     what the run continues, and its roster
+runs/RUN/STEP/manifest.json       the decision about one checkpoint
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.store import Store
 
-__all__ = ["Holdings", "known_runs", "lineage_in_store", "lineage_of", "manifest_key", "read_manifest", "read_record", "record_key", "survey"]
+__all__ = [
+    "Holdings",
+    "known_runs",
+    "lineage_in_store",
+    "lineage_of",
+    "manifest_key",
+    "read_manifest",
+    "read_record",
+    "record_key",
+    "survey",
+]
 
 log = logging.getLogger(__name__)
 

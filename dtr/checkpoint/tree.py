@@ -102,8 +102,8 @@ class _Flattener:
             list: self._list,
             tuple: lambda value: {"tuple": self._list(value)},
             np.ndarray: self._array,
-            np.str_: lambda value: {"numpy_str": _str(str(value))},
-            np.bytes_: lambda value: {"numpy_bytes": bytes(value).hex()},
+            np.str_: lambda value: {"numpy_str": _str(str.__str__(value))},  # str(value) would drop NULs at the end
+            np.bytes_: lambda value: {"numpy_bytes": bytes.__getitem__(value, slice(None)).hex()},
         }
 
     def value(self, value: Any) -> Any:
@@ -191,7 +191,7 @@ class _Flattener:
         array = np.asarray(value)
         if (why := dtypes.why_unsupported(array.dtype)) is not None or type(array[()]) is not type(value):
             raise self._unsupported(f"is a numpy scalar of type {type(value).__name__}: {why or 'not one of numpy itself'}")
-        return {"scalar": {"dtype": dtypes.describe(array.dtype), "hex": array.tobytes().hex()}}
+        return {"scalar": {"dtype": dtypes.describe(array.dtype), "hex": dtypes.scalar_bytes(array).hex()}}
 
     # --- refusals ---
 

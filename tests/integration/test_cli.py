@@ -366,6 +366,7 @@ def test_ctrl_c_while_redis_does_not_answer(command):
     """A server that accepts and stays silent: SIGINT ends every command at once, exit 130, no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = start([*command.split(), "--job", "j", "--url", f"redis://127.0.0.1:{silent.getsockname()[1]}"])
+        silent.settimeout(30)
         connection, _ = silent.accept()
         with connection:
             process.send_signal(signal.SIGINT)

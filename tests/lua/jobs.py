@@ -6,7 +6,7 @@ from typing import Any
 
 from dtr.errors import RosterChanged
 from dtr.membership import Identity, join, open_state
-from dtr.runs import Run, new_run_name, read_run
+from dtr.runs import Run, read_run
 from dtr.state.job import JobState
 
 TTL_MS = 60_000
@@ -44,7 +44,7 @@ def form_call(
 
 def arrive(state: JobState, who: Identity, *, low: int, high: int, number: int = 1, **options: Any) -> list[Any]:
     """One arrival of ``who``."""
-    keys, args = form_call(state, who, new_run_name(number), low=low, high=high, **options)
+    keys, args = form_call(state, who, f"{number:04d}-test", low=low, high=high, **options)
     answer: list[Any] = state.call("form_arrive", keys, args)
     return answer
 

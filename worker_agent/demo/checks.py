@@ -22,7 +22,8 @@ class Ending:
         kill: whether a trainer was to be killed.
         status: the launcher's exit status.
         verified: for each commit that was listed, ``RUN/STEP`` and what is wrong with it, empty if nothing is.
-        last_digest: of what a restore outside the job gave in the end, and of which (run, step).
+        last_restored: run and step of what a restore outside the job gave in the end; None: nothing, and ``last_problem`` says why.
+        last_digest: of that.
         running: processes that were left.
         remains: files in memory that were left.
     """
@@ -34,6 +35,7 @@ class Ending:
     verified: dict[str, str] = field(default_factory=dict)
     last_restored: tuple[str, int] | None = None
     last_digest: str = ""
+    last_problem: str = ""
     running: Sequence[str] = ()
     remains: Sequence[str] = ()
 
@@ -140,7 +142,7 @@ def _restored_equal(story: Story, ending: Ending) -> Check:
 def _last_is_newest(story: Story, ending: Ending) -> Check:
     last = ending.last_restored
     ok = last is not None and last[1] == ending.steps - 1
-    detail = f"step {last[1]} of run {last[0]}" if last is not None else "nothing could be restored"
+    detail = f"step {last[1]} of run {last[0]}" if last is not None else f"nothing could be restored: {ending.last_problem}"
     return Check(ok=ok, what="the last step can be restored from outside", detail=detail)
 
 

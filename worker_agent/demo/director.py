@@ -129,6 +129,7 @@ def _ending(options: Options, place: Workplace, status: int, found: Inspection) 
         verified=found.verified,
         last_restored=found.restored,
         last_digest=found.digest,
+        last_problem=found.problem,
         running=[f"process {process.pid}" for process in place.running()],
         remains=place.remains(),
     )
