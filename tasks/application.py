@@ -13,7 +13,7 @@ from tasks.config import celery_settings
 __all__ = ["app"]
 
 
-class Application(Celery):
+class Application(Celery):  # type: ignore[misc]  # Celery has no types
     """Celery with a worker that knows its host's queue."""
 
     @cached_property

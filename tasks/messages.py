@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -32,7 +32,8 @@ class Settle:
             raise InvalidInput(f"a message has the fields {', '.join(known)}, got {', '.join(map(_short, wrong[:5]))} as well")
         if missing := [name for name in known if name not in given]:
             raise InvalidInput(f"a message has the fields {', '.join(known)}, and lacks {', '.join(missing)}")
-        return cls(**{name: _CHECKS[name](given[name]) for name in known})
+        checked: dict[str, Any] = {name: _CHECKS[name](given[name]) for name in known}
+        return cls(**checked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any], Any]] = {
     "job": names.job_name,
     "run": lambda value: names.name(value, "run"),
     "step": lambda value: _integer(value, "step", names.MAX_STEP),

@@ -23,7 +23,7 @@ __all__ = ["settle", "upload_part"]
 log = logging.getLogger(__name__)
 
 
-@app.task(name=UPLOAD_PART, typing=False)
+@app.task(name=UPLOAD_PART, typing=False)  # type: ignore[untyped-decorator]
 def upload_part(*args: Any, **given: Any) -> str:
     """Upload one part of this host, unless somebody else does or did."""
     message = _parsed(UploadPart, args, given)
@@ -37,7 +37,7 @@ def upload_part(*args: Any, **given: Any) -> str:
     return word
 
 
-@app.task(name=SETTLE, typing=False)
+@app.task(name=SETTLE, typing=False)  # type: ignore[untyped-decorator]
 def settle(*args: Any, **given: Any) -> str:
     """Decide one checkpoint that is complete or cannot become so."""
     message = _parsed(Settle, args, given)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from billiard import active_children
 from celery import signals
 from celery.apps.worker import Worker
-from kombu import Queue
+from kombu.entity import Queue
 
 from dtr.host import host_id
 from dtr.state.keys import upload_queue

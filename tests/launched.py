@@ -83,7 +83,7 @@ class Launcher:
         folder: for its output and what its trainers tell.
         options: of ``run``, with the command; the command is this module's trainer if there is no ``--``.
         env: what differs from this process's environment.
-        python: how it is started.
+        stdin: of the launcher.
     """
 
     def __init__(self, folder: Path, *options: str, env: dict[str, str], stdin: int = subprocess.DEVNULL) -> None:
@@ -121,11 +121,11 @@ class Launcher:
         """The newest of ``count`` such events."""
 
         def found() -> list[dict[str, Any]]:
-            assert self.process.poll() is None or event in {"done", "stale"}, f"the launcher ended: {self.err}"
-            return [line for line in self.said(rank, restarts) if line["event"] == event]
+            lines = [line for line in self.said(rank, restarts) if line["event"] == event]
+            assert len(lines) >= count or self.process.poll() is None, f"the launcher ended: {self.err}"
+            return lines if len(lines) >= count else []
 
-        what = f"{count} x {event!r} from {rank}"
-        return eventually(lambda: found() if len(found()) >= count else None, timeout_s=timeout_s, what=what)[-1]
+        return eventually(found, timeout_s=timeout_s, what=f"{count} x {event!r} from {rank}")[-1]
 
     def stop_trainers(self) -> None:
         """Have the trainers end by themselves."""

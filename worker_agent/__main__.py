@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from dtr.errors import DtrError
 
 __all__ = ["main", "run_parser"]
+
+# `dtr run` becomes this program and blocks these while it loads, so that Ctrl-C meets somebody who can clear up.
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _EXAMPLES = """\
 examples:
@@ -94,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format=f"{name}: %(message)s")
     logging.getLogger("worker_agent").setLevel(logging.INFO)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
         return command(argv[1:])
     except DtrError as exc:
         logging.getLogger("worker_agent").error("%s", exc.message)

@@ -18,7 +18,7 @@ from dtr.checkpoint.lineage import Checkpoint, Lineage
 from dtr.checkpoint.parts import Fence, Spec
 from dtr.checkpoint.publisher import Publisher
 from dtr.checkpoint.rebuild import index_checkpoint, index_run, rebuild
-from dtr.checkpoint.restore import BaseIsSet, Restored, read_newest, restore_run
+from dtr.checkpoint.restore import BaseIsSet, Restored, newest_settled, read_newest, restore_run
 from dtr.checkpoint.stage import Stage
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
 from dtr.config import LauncherEnvironment, Settings
@@ -330,10 +330,15 @@ class CheckpointManager:
 
     def _joined(self) -> Session:
         """The membership to save under; without an agent, one of our own."""
-        session = self._known_session()
-        if session is None:
-            session = self._join()
-        session.check()
+        session = self._known_session() or self._join()
+        try:
+            session.check()
+        except RosterChanged as exc:
+            if not self._own or self._world_size > 1:
+                raise
+            log.warning("%s", exc)  # a roster of one needs nobody to go on
+            session.form()
+            self._restored = newest_settled(session, self._store, self.url)
         return session
 
     def _join(self) -> Session:

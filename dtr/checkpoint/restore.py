@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from dtr.checkpoint import base
 from dtr.checkpoint.agreement import Agreement, BaseIsSet, restore_failed
-from dtr.checkpoint.candidates import Candidate, Offer, gather, name_of
+from dtr.checkpoint.candidates import Candidate, Offer, gather, name_of, newest_commit
 from dtr.checkpoint.lineage import Checkpoint
 from dtr.checkpoint.payload import read_state
 from dtr.checkpoint.rebuild import rebuild_missing
@@ -26,7 +26,7 @@ from dtr.state.exchange import Exchange
 from dtr.state.job import JobState
 from dtr.store import Store
 
-__all__ = ["BaseIsSet", "Restored", "read_newest", "restore_run"]
+__all__ = ["BaseIsSet", "Restored", "newest_settled", "read_newest", "restore_run"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ STORE_PATIENCE_S: Final = 60.0
 class Restored:
     """A state that was saved at ``step`` of ``run``; its arrays are writable. ``seconds`` it took, ``size_bytes`` this rank's part."""
 
-    state: Any
+    state: Any = field(repr=False)
     step: int
     run: str
     size_bytes: int = 0
@@ -125,6 +125,17 @@ def read_newest(
         return _restored(candidate, found, started)
     _check_nothing(offer, reasons, url, step, fresh=fresh)
     return None
+
+
+def newest_settled(session: Session, store: Store, url: str) -> Checkpoint | None:
+    """The newest commit of the lineage, once what is staged is decided: what a process continues that goes on with the state it has."""
+    exchange = Exchange(session.settings.redis_url, f"dtr-settle-{session.worker_id}")
+    try:
+        wait_until_settled(session, exchange, store, url)
+    finally:
+        exchange.close()
+    holdings = survey(store)
+    return newest_commit(store, lineage_of(store, url, holdings, session.state).newest_first(holdings.decided))
 
 
 def _check_nothing(offer: Offer, reasons: dict[str, str], url: str, step: int | None, *, fresh: bool) -> None:

@@ -24,6 +24,7 @@ from functools import cache
 from typing import Any, Final, Literal
 
 from dtr import names
+from dtr.checkpoint import records
 from dtr.checkpoint.locks import is_held, try_lock
 from dtr.errors import DtrError, SlotUnavailable
 
@@ -59,7 +60,7 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotRecord:
-    """What a slot holds. ``save`` is the id of one ``save_async``; ``base`` is what the run continues, if the trainer settled that."""
+    """What a slot holds. ``save`` is the id of one ``save_async``; ``outcome`` and ``reason`` say how it ended, once it did."""
 
     state: Literal["COPYING", "STAGED", "DONE"] = "COPYING"
     job: str
@@ -77,8 +78,6 @@ class SlotRecord:
     boot_id: str = field(default_factory=boot_id)
     pid: int = field(default_factory=os.getpid)
     staged_at: float = field(default_factory=time.time)
-    base: dict[str, Any] | None = None
-    data: dict[str, Any] = field(default_factory=dict)
     outcome: str = ""
     reason: str = ""
 
@@ -101,8 +100,9 @@ class SlotRecord:
             return None
         try:
             names.job_name(document["job"])
-            for word in ("run", "worker", "incarnation", "host", "save"):
+            for word in ("run", "worker", "host", "save"):
                 names.name(document[word], word)
+            records.incarnation(document["incarnation"])
             names.step(document["step"])
             names.rank(document["rank"], names.positive(document["world_size"], "world_size"))
         except DtrError:
@@ -117,7 +117,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 _KINDS: Final[dict[str, Any]] = {
     "state": str, "job": str, "run": str, "step": int, "rank": int, "world_size": int, "worker": str, "incarnation": str,
     "host": str, "store": str, "replicated": bool, "size_bytes": int, "save": str, "boot_id": str, "pid": int,
-    "staged_at": (int, float), "base": (dict, type(None)), "data": dict, "outcome": str, "reason": str,
+    "staged_at": (int, float), "outcome": str, "reason": str,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Final, NoReturn
 
@@ -17,7 +18,7 @@ _LAUNCHER: Final = ("-P", "-m", "worker_agent", "run")
 @click.command(
     context_settings={"allow_interspersed_args": False},
     short_help="Start trainers and look after them.",
-    epilog="Exit status: 0 if all trainers end with 0; else that of the first that failed for good (128 + N for signal N); 130 after Ctrl-C.",
+    epilog="Status: 0 if all trainers end with 0; else that of the first that failed for good (128 + N for signal N); 130 after Ctrl-C.",
 )
 @click.option("--nproc", "-n", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Trainers on this host.")
 @click.option("--nnodes", type=click.IntRange(1), default=1, show_default=True, metavar="M", help="Hosts that run this same command.")
@@ -39,8 +40,8 @@ _LAUNCHER: Final = ("-P", "-m", "worker_agent", "run")
 def run(command: tuple[str, ...], **options: object) -> None:
     """Start N trainers, beat for them, start again those that fail, and end with their status.
 
-    Each gets RANK, WORLD_SIZE, LOCAL_RANK and what an Agent needs. Without a coordinator, one is started on this machine for the time of the
-    run, and an uploader, if this host has none.
+    Each gets RANK, WORLD_SIZE, LOCAL_RANK and what an Agent needs. Without a coordinator one is started on this machine for the time of
+    the run, and an uploader, if this host has none.
 
         dtr run -n 4 --max-restarts 3 -- python train.py
     """
@@ -62,5 +63,6 @@ def arguments(options: dict[str, object]) -> list[str]:
 def become(argv: list[str]) -> NoReturn:
     """Replace this process, so that signals and the exit status are the launcher's own."""
     sys.stdout.flush()
-    sys.stderr.flush()
+    # A signal that comes while the new program loads waits until it is ready to clear up.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     os.execv(sys.executable, [sys.executable, *_LAUNCHER, *argv])  # noqa: S606 - no shell is wanted

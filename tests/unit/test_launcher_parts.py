@@ -26,9 +26,10 @@ from worker_agent.registration import LEAVE, Registration, parse_line
 
 def test_dtr_run_has_the_options_of_the_launcher() -> None:
     """`dtr run` and `python -m worker_agent run` have the same options with the same defaults."""
-    ours = {opt: a.default for a in run_parser()._actions for opt in a.option_strings if a.dest not in {"help", "command"}}
-    theirs = {opt: p.default for p in run.params for opt in p.opts if p.name != "command"}
-    assert {k: v or None for k, v in theirs.items() if not callable(v)} == {k: v or None for k, v in ours.items()}
+    ours = {option for action in run_parser()._actions for option in action.option_strings}
+    theirs = {option for parameter in run.params for option in parameter.opts if parameter.name != "command"}
+    assert ours == theirs | {"-h", "--help"}
+    assert {**run.make_context("run", ["x"]).params, "command": ["x"]} == vars(run_parser().parse_args(["x"]))
 
 
 def test_what_dtr_run_parsed_the_launcher_parses_again() -> None:
@@ -65,8 +66,9 @@ def test_what_dtr_run_parsed_the_launcher_parses_again() -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        [], ["fly"], ["run"], ["run", "--"], ["run", "-n", "0", "--", "x"], ["run", "-n", "1.5", "--", "x"], ["run", "--grace", "nan", "--", "x"],
-        ["run", "--grace", "-1", "--", "x"], ["run", "--max-restarts", "-1", "--", "x"], ["run", "--stall-action", "shoot", "--", "x"],
+        [], ["fly"], ["run"], ["run", "--"], ["run", "-n", "0", "--", "x"], ["run", "-n", "1.5", "--", "x"],
+        ["run", "--grace", "nan", "--", "x"], ["run", "--grace", "-1", "--", "x"], ["run", "--max-restarts", "-1", "--", "x"],
+        ["run", "--stall-action", "shoot", "--", "x"],
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,11 +166,10 @@ def test_a_host_id_that_leaves_no_room_is_refused() -> None:
 
 def test_launchers_at_once_differ_and_one_after_another_is_the_same(tmp_path: Path) -> None:
     """Index 0, then 1 beside it, then 0 again; another job counts on its own; nothing is left but the id of the host."""
-    with claimed(str(tmp_path), "j") as first:
-        with claimed(str(tmp_path), "j") as second, claimed(str(tmp_path), "team/j") as other:
-            assert (first.index, second.index, other.index) == (0, 1, 0)
-            assert len({first.folder, second.folder, other.folder}) == 3
-            assert os.stat(second.folder).st_mode & 0o777 == 0o700
+    with claimed(str(tmp_path), "j") as first, claimed(str(tmp_path), "j") as second, claimed(str(tmp_path), "team/j") as other:
+        assert (first.index, second.index, other.index) == (0, 1, 0)
+        assert len({first.folder, second.folder, other.folder}) == 3
+        assert os.stat(second.folder).st_mode & 0o777 == 0o700
     with claimed(str(tmp_path), "j") as again:
         assert (again.index, again.host) == (0, first.host)
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [".host-id"]
@@ -303,9 +304,10 @@ def test_a_registration_is_parsed_and_shows_no_secret() -> None:
 
 
 BAD: list[tuple[str, Any]] = [
-    ("v", 2), ("v", None), ("redis_url", "http://x"), ("redis_url", None), ("job", "a/b/c"), ("job", 3), ("worker_id", "../x"), ("worker_id", "a b"),
-    ("worker_id", "x" * 64), ("incarnation", ""), ("state_id", None), ("host", 1), ("pid", 0), ("pid", "7"), ("pid", True), ("ttl_ms", 0), ("ttl_ms", 1.5),
-    ("ttl_ms", 10**15), ("interval_ms", 0), ("interval_ms", 9999), ("number", -2), ("number", 2**60), ("page", "a\0b"), ("page", "x" * 5000),
+    ("v", 2), ("v", None), ("redis_url", "http://x"), ("redis_url", None), ("job", "a/b/c"), ("job", 3), ("worker_id", "../x"),
+    ("worker_id", "a b"), ("worker_id", "x" * 64), ("incarnation", ""), ("state_id", None), ("host", 1), ("pid", 0), ("pid", "7"),
+    ("pid", True), ("ttl_ms", 0), ("ttl_ms", 1.5), ("ttl_ms", 10**15), ("interval_ms", 0), ("interval_ms", 9999), ("number", -2),
+    ("number", 2**60), ("page", "a\0b"), ("page", "x" * 5000),
 ]  # fmt: skip
 
 

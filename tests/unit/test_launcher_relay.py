@@ -79,8 +79,8 @@ class RunningRelay:
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "output"
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "output"
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def slot(tmp_path: Path) -> Found:
 
 def test_a_record_comes_back_as_it_was() -> None:
     """Every field survives, and so does the whole through bytes."""
-    full = replace(record(2**53 - 1), base={"run": "0001-aaaa", "step": 3}, data={"epoch": 1, "seen": [1, 2.5, None]}, replicated=True)
+    full = replace(record(2**53 - 1), replicated=True, outcome="aborted", reason="no ‘room’\n", size_bytes=2**40)
     assert SlotRecord.parse(full.encode()) == full
 
 
@@ -41,7 +41,7 @@ def test_each_save_has_an_id_of_its_own() -> None:
 BAD: list[dict[str, Any]] = [
     {"step": -1}, {"step": 1.5}, {"step": True}, {"step": 2**53}, {"rank": 1}, {"world_size": 0}, {"job": "a/b/c"}, {"job": "../x"},
     {"run": "a b"}, {"worker": ""}, {"worker": "x" * 64}, {"incarnation": "../../etc"}, {"size_bytes": -1}, {"size_bytes": "5"},
-    {"state": "READY"}, {"replicated": 1}, {"base": []}, {"data": None}, {"v": 2}, {"surprise": 1}, {"store": None},
+    {"state": "READY"}, {"replicated": 1}, {"incarnation": "0123456789AB"}, {"v": 2}, {"surprise": 1}, {"store": None},
 ]  # fmt: skip
 
 

@@ -76,13 +76,13 @@ class Ground:
 
 
 @contextlib.contextmanager
-def standing(settings: Settings, home: Path, *, named: bool, uploader: bool) -> Iterator[Ground]:
+def standing(settings: Settings, home: Path, *, named_by: str, uploader: bool) -> Iterator[Ground]:
     """See to it that a coordinator and an uploader are there, for the time of the block.
 
     Args:
         settings: with the coordinator's URL and the staging folder.
         home: of the local stack.
-        named: whether the user chose that URL; otherwise it is the default, and a server may be started there.
+        named_by: how the user chose that URL (an option, a variable, a file); empty if it is the default: a server may be started there.
         uploader: whether an uploader is wanted.
 
     Raises:
@@ -92,15 +92,15 @@ def standing(settings: Settings, home: Path, *, named: bool, uploader: bool) -> 
     url = check_url(settings.redis_url)
     with contextlib.ExitStack() as stack:
         borrowed = False
-        need = decide(_look(settings, home, named=named, uploader=uploader))
+        need = decide(_look(settings, home, named=bool(named_by), uploader=uploader))
         if need is Need.SERVER:
             raise CoordinatorUnavailable(
-                f"Redis at {mask(url)} cannot be reached. It was named (by --url, DTR_REDIS_URL or dtr.toml), so no other is started: "
-                "start it, or leave it out to have one started here"
+                f"Redis at {mask(url)} cannot be reached. It was named by {named_by}, so none is started in its place: "
+                "start it, correct the URL, or name none to have one started here"
             )
         if need is Need.STACK:
             borrowed = _borrow(stack, Stack(home, settings, flower=False, planner=make_plan if uploader else _without_uploader))
-            need = decide(replace(_look(settings, home, named=named, uploader=uploader), stack_is_up=False))
+            need = decide(replace(_look(settings, home, named=bool(named_by), uploader=uploader), stack_is_up=False))
         if need is Need.UPLOADER:  # none at all, or that of the local stack is for another staging folder
             borrowed = _borrow(stack, Stack(_uploader_home(home, settings), settings, flower=False)) or borrowed
         yield Ground(uploads=borrowed and uploader)

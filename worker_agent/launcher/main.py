@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from dtr.config import DEFAULT_REDIS_URL, Settings
+from dtr.config import Settings
 from dtr.stack import default_home
+from dtr.views.settings import origins
 from worker_agent.launcher.claim import claimed
 from worker_agent.launcher.ground import finish_uploads, standing
 from worker_agent.launcher.launch import Launch, find_command, seats
@@ -46,9 +46,8 @@ def launch(what: Launch, given: Given, environ: Mapping[str, str]) -> int:
     """
     settings = Settings.load(environ=environ, redis_url=given.redis_url, job=given.job, staging=given.staging)
     find_command(what.command, environ)
-    named = given.redis_url is not None or "DTR_REDIS_URL" in environ or settings.redis_url != DEFAULT_REDIS_URL
-    home: Path = default_home(environ)
-    with standing(settings, home, named=named, uploader=given.uploader) as ground:
+    _, named_by = origins(environ=environ, redis_url=given.redis_url)["redis_url"]
+    with standing(settings, default_home(environ), named_by=named_by, uploader=given.uploader) as ground:
         with claimed(settings.staging, settings.job) as claim:
             if claim.index and what.nnodes == 1:
                 log.warning("another launcher runs for job %s on this host; if their trainers belong together, use --nnodes", settings.job)

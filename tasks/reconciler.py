@@ -1,0 +1,164 @@
+"""The reconciler as a part of every worker: a thread of the main process that looks, says so in Redis, and wakes the pool.
+
+It begins before the worker has reached its broker and outlives every outage of it, and of Redis. A reason is logged when it changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from typing import Any, ClassVar, Final
+
+from celery import bootsteps
+from redis.exceptions import RedisError
+
+from dtr import publish
+from dtr.checkpoint.reconcile import Look, Reconciler, Wake
+from dtr.config import Settings
+from dtr.errors import Unavailable
+from dtr.host import host_id
+from dtr.state.client import connect
+from dtr.state.keys import upload_queue, uploader
+from tasks.config import settings
+
+__all__ = ["Presence", "ReconcilerThread", "Reconciling"]
+
+log = logging.getLogger(__name__)
+
+_PRESENT_FOR_S: Final = 15.0
+
+
+class Presence:
+    """``dtr:uploader:HOST``: someone uploads for this host, and how that goes. The key ends with its worker, or soon after its death."""
+
+    def __init__(self, given: Settings, host: str) -> None:
+        self._redis = connect(given.redis_url, name="dtr-uploader", max_connections=2)
+        self._key, self._host = uploader(host), host
+        self._ttl_ms = int(max(_PRESENT_FOR_S, 5 * given.scan_interval_s) * 1000)
+        self._started_at = int(time.time() * 1000)
+
+    def show(self, look: Look, uploads: int) -> None:
+        """Renew the key. Raises RedisError."""
+        fields = {
+            "host": self._host,
+            "pid": os.getpid(),
+            "started_at": self._started_at,
+            "last_scan_at": int(time.time() * 1000),
+            "queue": upload_queue(self._host),
+            "version": _version(),
+            "slots": look.slots,
+            "staged": look.staged,
+            "staged_bytes": look.staged_bytes,
+            "open_checkpoints": look.open_checkpoints,
+            "uploads": uploads,
+        }
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.hset(self._key, mapping=fields)
+        pipeline.pexpire(self._key, self._ttl_ms)
+        pipeline.execute()
+
+    def end(self) -> None:
+        """Remove the key, if it is still ours, and close the connection."""
+        try:
+            if self._redis.hget(self._key, "pid") == str(os.getpid()):
+                self._redis.delete(self._key)
+        except RedisError as exc:
+            log.info("the uploader's presence ends by itself: %s", exc)
+        self._redis.close()
+
+
+class ReconcilerThread(threading.Thread):
+    """Looks every ``scan_interval_s``, sooner after the queue was worked off, later while Redis is away; ends at ``stop()``."""
+
+    def __init__(self, given: Settings, host: str) -> None:
+        super().__init__(name="dtr-reconciler", daemon=True)
+        self._given, self._host = given, host
+        self._over = threading.Event()
+        self._trouble = ""
+
+    def stop(self) -> None:
+        """End the thread within a look; waits for that, a few seconds at most."""
+        self._over.set()
+        self.join(timeout=5.0)
+
+    def run(self) -> None:
+        reconciler = Reconciler(redis_url=self._given.redis_url, staging=self._given.staging, host=self._host)
+        presence = Presence(self._given, self._host)
+        while True:
+            self._once(reconciler, presence)
+            if self._over.wait(self._given.scan_interval_s * random.uniform(0.8, 1.2)):
+                break
+        presence.end()
+        reconciler.close()
+
+    def _once(self, reconciler: Reconciler, presence: Presence) -> None:
+        try:
+            presence.show(Look(), _running())
+            look = reconciler.look()
+            presence.show(look, _running())
+            self._wake(look.wakes)
+        except (Unavailable, RedisError) as exc:
+            self._say(f"{type(exc).__name__}: {exc}")
+        except Exception:  # the loop outlives whatever one look meets
+            log.exception("the reconciler's look failed; it goes on")
+        else:
+            self._say("")
+
+    def _wake(self, wakes: list[Wake]) -> None:
+        """Send what is not in the queue already: as many messages as parts that wait, however long they wait."""
+        room = len(wakes) - publish.waiting(self._given.broker, self._host) if wakes else 0
+        for wake in random.sample(wakes, room) if 0 < room < len(wakes) else wakes[: max(room, 0)]:
+            where = {"host": self._host, "job": wake.job, "run": wake.run, "step": wake.step}
+            if wake.rank is None:
+                publish.settle(self._given.broker, **where)
+            else:
+                publish.upload_part(self._given.broker, **where, rank=wake.rank)
+
+    def _say(self, trouble: str) -> None:
+        if trouble and trouble != self._trouble:
+            log.warning("the reconciler waits: %s", trouble)
+        elif self._trouble and not trouble:
+            log.info("the reconciler goes on")
+        self._trouble = trouble
+
+
+class Reconciling(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """The bootstep: the thread starts once the pool has forked, and ends before the pool is drained."""
+
+    requires: ClassVar = {"celery.worker.components:Pool"}
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        self._thread: ReconcilerThread | None = None
+        super().__init__(worker, **options)
+
+    def start(self, worker: Any) -> None:
+        given = settings()
+        host = host_id(given.staging)
+        log.info("uploader of host %s: queue %s, staging %s", host, upload_queue(host), given.staging)
+        self._thread = ReconcilerThread(given, host)
+        self._thread.start()
+
+    def stop(self, worker: Any) -> None:
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    terminate = stop
+
+
+def _running() -> int:
+    from celery.worker import state
+
+    return len(state.active_requests)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("dtr")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,148 @@
+"""The demo as a person or a CI job runs it, in small: real server, uploader, Flower, launcher and trainers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--hidden=128", "--corpus-bytes=500000", "--rejoin-after=0.5"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a user who has settings and a broken store of their own, and no Redis on PATH; temporary folders go where the test looks."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sh", "ps", "uname"):
+        if (found := shutil.which(name)) is not None:
+            (programs / name).symlink_to(found)
+    (tmp_path / "tmp").mkdir()
+    return {
+        "PATH": str(programs),
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "PYTHONPATH": str(ROOT),
+        "DTR_STORE": "s3://somebody-elses",
+        "DTR_REDIS_URL": "redis://127.0.0.1:1/0",
+        "DTR_TTL_S": "wrong",
+    }
+
+
+def demo(*options: str) -> list[str]:
+    return [sys.executable, "-m", "dtr", "demo", *options]
+
+
+def small(*options: str) -> list[str]:
+    return [sys.executable, "-m", "worker_agent.demo", *SMALL, *options]
+
+
+def ours(tmp_path: Path) -> set[str]:
+    """Processes that were started with this test's temporary folder, and folders of theirs."""
+    found = {str(path) for path in (tmp_path / "tmp").iterdir()}
+    wanted = f"TMPDIR={tmp_path / 'tmp'}".encode()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (wanted in (entry / "environ").read_bytes() or (entry / "cwd").readlink().is_relative_to(tmp_path)):
+                found.add((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace") or entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("dtr-demo-*")}
+
+
+@contextmanager
+def started(command: Sequence[str], environment: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def test_a_small_demo_holds_every_check_and_leaves_nothing(tmp_path, environment):
+    """Killed, noticed, restored, replaced: JSON on stdout, plain lines on stderr, all on the server that the package carries."""
+    done = subprocess.run(small("--steps=60", "--json"), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert [check for check in outcome["checks"] if not check["ok"]] == []
+    figures = outcome["figures"]
+    assert (figures["workers"], figures["steps"]) == (4, 60)
+    assert 0 < figures["noticed_ms"] < 5_000
+    assert 0 < figures["recovery_s"] <= figures["full_again_s"]
+    assert figures["loss_last"] < figures["loss_first"]
+    assert "Valkey" in done.stderr
+    assert "\x1b" not in done.stderr
+    for told in (
+        "SIGKILL to trainer 2",
+        "noticed: Redis knew",
+        "departed: signal 9",
+        "all 3 restored step",
+        "trainer 2 is back",
+        "4 train again",
+    ):
+        assert told in done.stderr
+    assert ours(tmp_path) == set()
+
+
+def test_two_trainers_nobody_killed_and_a_store_that_stays(tmp_path, environment):
+    """The checkpoints are where they were asked for; --keep keeps the folder and says where."""
+    options = ["--workers=2", "--steps=12", "--no-kill", "--keep", f"--store=file://{tmp_path / 'mine'}"]
+    done = subprocess.run(small(*options), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 8 checks hold" in done.stdout
+    assert "SIGKILL" not in done.stdout
+    assert len(list((tmp_path / "mine").glob("demo-*/demo/runs/*/*/manifest.json"))) == 12
+    (kept,) = (tmp_path / "tmp").iterdir()
+    assert f"kept: {kept}" in done.stdout
+    assert ours(tmp_path) == {str(kept)}
+
+
+@pytest.mark.parametrize(("after", "number", "status"), [("starting Redis", signal.SIGINT, 130), ("run 0001", signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing_behind(tmp_path, environment, after, number, status):
+    """Ctrl-C while the stack starts, and a SIGTERM in mid-training."""
+    before = shared_memory()
+    with started(demo("--steps=100000", "--workers=2"), environment, tmp_path) as child:
+        said = ""
+        assert child.stdout is not None
+        for line in child.stdout:
+            said += line
+            if after in line:
+                break
+        child.send_signal(number)
+        said += child.stdout.read()
+        assert child.wait(60) == status, said
+        assert "Traceback" not in said
+        assert "interrupted" in said
+    eventually(lambda: not ours(tmp_path), what="everything has ended and is gone")
+    assert shared_memory() <= before
+
+
+def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, environment):
+    """A wrong number, and a store that does not exist in this world."""
+    for options, status, told in (
+        (["--workers=99"], 2, "workers"),
+        (["--workers=1"], 3, "--no-kill"),
+        (["--store=ftp://x/y"], 3, "ftp"),
+    ):
+        done = subprocess.run(demo(*options), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, told in done.stderr) == (status, True), done.stderr
+    assert ours(tmp_path) == set()
+    assert os.listdir(tmp_path / "tmp") == []
