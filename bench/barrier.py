@@ -146,10 +146,9 @@ class _Raw:
         self._worker, self._expected = worker, expected
 
     def wait(self, name: str) -> None:
-        self._socket.sendall(
-            pack_command(("EVALSHA", self._sha, 2, f"raw:{name}", f"raw:{name}:wake", self._worker, self._expected))
-            + pack_command(("XREAD", "BLOCK", 60_000, "STREAMS", f"raw:{name}:wake", "raw:wake", "0-0", "0-0"))
-        )
+        arrive: Any = ("EVALSHA", self._sha, 2, f"raw:{name}", f"raw:{name}:wake", self._worker, self._expected)
+        wait: Any = ("XREAD", "BLOCK", 60_000, "STREAMS", f"raw:{name}:wake", "raw:wake", "0-0", "0-0")
+        self._socket.sendall(pack_command(arrive) + pack_command(wait))
         for _ in range(2):
             while self._reader.gets() is False:
                 self._reader.feed(self._socket.recv(65_536))

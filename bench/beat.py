@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import redis
+from hiredis import pack_command
 
 from bench import server
 from bench.report import Report, parser
@@ -114,7 +114,6 @@ def _core_share(url: str, state: JobState, who: Sequence[Identity], seconds: flo
     for connection in sockets:
         connection.setblocking(False)
         waiting.register(connection, selectors.EVENT_READ)
-    packer = redis.Connection()
     sha = load("member_beat").sha
     first = int(state.redis.hget(state.keys.worker(who[-1].worker_id), "beat")) + 1
     before, begin, sent, answered = _cpu_s(state), time.monotonic(), 0, 0
@@ -123,7 +122,7 @@ def _core_share(url: str, state: JobState, who: Sequence[Identity], seconds: flo
         due = int((min(now, end) - begin) * len(who))
         for n in range(sent, due):
             keys, args = _call(state, who[n % len(who)], first + n // len(who))
-            sockets[n % len(who)].sendall(b"".join(packer.pack_command("EVALSHA", sha, len(keys), *keys, *args)))
+            sockets[n % len(who)].sendall(_packed("EVALSHA", sha, len(keys), *keys, *args))
         sent = max(sent, due)
         for key, _ in waiting.select(timeout=0.005):
             reply = key.fileobj.recv(4096)  # type: ignore[union-attr]
@@ -134,6 +133,11 @@ def _core_share(url: str, state: JobState, who: Sequence[Identity], seconds: flo
     for connection in sockets:
         connection.close()
     return spent / passed
+
+
+def _packed(*command: Any) -> bytes:
+    words: Any = command
+    return pack_command(words)
 
 
 def _cpu_s(state: JobState) -> float:

@@ -129,7 +129,7 @@ class Barriers:
                 self._clock.sleep(min(0.2, left_ms / 1000))
 
     def _break(self, keys: RoundKeys, subset: str) -> Any:
-        """The run is not open: break the round if it is, and raise why; or learn that it was released, or that the run is open after all."""
+        """The run is not open: break the round and raise why; or learn that it was released, or that the run is open after all."""
         job, who, run = self._state.keys, self._who, self._run
         return self._state.call(
             "barrier_break",

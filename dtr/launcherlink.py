@@ -113,6 +113,6 @@ def _connect(path: str) -> socket.socket:
 def _start_child() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     ours, theirs = socket.socketpair()
     with theirs:
-        child = subprocess.Popen([sys.executable, "-m", "worker_agent", "beat"], stdin=theirs, stdout=theirs)
+        child = subprocess.Popen([sys.executable, "-m", "worker_agent", "beat"], stdin=theirs.fileno(), stdout=theirs.fileno())
     ours.settimeout(30.0)
     return ours, child

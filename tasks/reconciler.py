@@ -42,7 +42,7 @@ class Presence:
 
     def show(self, look: Look, uploads: int) -> None:
         """Renew the key. Raises RedisError."""
-        fields = {
+        fields: dict[Any, Any] = {
             "host": self._host,
             "pid": os.getpid(),
             "started_at": self._started_at,
@@ -77,7 +77,7 @@ class ReconcilerThread(threading.Thread):
         super().__init__(name="dtr-reconciler", daemon=True)
         self._given, self._host = given, host
         self._over = threading.Event()
-        self._trouble = ""
+        self._trouble, self._last = "", Look()
 
     def stop(self) -> None:
         """End the thread within a look; waits for that, a few seconds at most."""
@@ -96,10 +96,10 @@ class ReconcilerThread(threading.Thread):
 
     def _once(self, reconciler: Reconciler, presence: Presence) -> None:
         try:
-            presence.show(Look(), _running())
-            look = reconciler.look()
-            presence.show(look, _running())
-            self._wake(look.wakes)
+            presence.show(self._last, _running())  # first: a look may take its time
+            self._last = reconciler.look()
+            presence.show(self._last, _running())
+            self._wake(self._last.wakes)
         except (Unavailable, RedisError) as exc:
             self._say(f"{type(exc).__name__}: {exc}")
         except Exception:  # the loop outlives whatever one look meets
@@ -111,11 +111,11 @@ class ReconcilerThread(threading.Thread):
         """Send what is not in the queue already: as many messages as parts that wait, however long they wait."""
         room = len(wakes) - publish.waiting(self._given.broker, self._host) if wakes else 0
         for wake in random.sample(wakes, room) if 0 < room < len(wakes) else wakes[: max(room, 0)]:
-            where = {"host": self._host, "job": wake.job, "run": wake.run, "step": wake.step}
+            broker, host = self._given.broker, self._host
             if wake.rank is None:
-                publish.settle(self._given.broker, **where)
+                publish.settle(broker, host=host, job=wake.job, run=wake.run, step=wake.step)
             else:
-                publish.upload_part(self._given.broker, **where, rank=wake.rank)
+                publish.upload_part(broker, host=host, job=wake.job, run=wake.run, step=wake.step, rank=wake.rank)
 
     def _say(self, trouble: str) -> None:
         if trouble and trouble != self._trouble:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
-
-from celery.exceptions import Reject
+from typing import Any, TypeVar
 
 from dtr.checkpoint.upload import Limits, Uploader
 from dtr.errors import InvalidInput, Unavailable
@@ -22,11 +21,15 @@ __all__ = ["settle", "upload_part"]
 
 log = logging.getLogger(__name__)
 
+Message = TypeVar("Message", bound=Settle)
+
 
 @app.task(name=UPLOAD_PART, typing=False)  # type: ignore[untyped-decorator]
 def upload_part(*args: Any, **given: Any) -> str:
     """Upload one part of this host, unless somebody else does or did."""
     message = _parsed(UploadPart, args, given)
+    if message is None:
+        return "REJECTED"
     if shutdown.is_over():
         return "STOPPING"
     try:
@@ -41,6 +44,8 @@ def upload_part(*args: Any, **given: Any) -> str:
 def settle(*args: Any, **given: Any) -> str:
     """Decide one checkpoint that is complete or cannot become so."""
     message = _parsed(Settle, args, given)
+    if message is None:
+        return "REJECTED"
     if shutdown.is_over():
         return "STOPPING"
     try:
@@ -51,12 +56,13 @@ def settle(*args: Any, **given: Any) -> str:
     return word or "UNKNOWN"
 
 
-def _parsed(kind: Any, args: Any, given: Any) -> Any:
+def _parsed(kind: type[Message], args: Sequence[Any], given: Mapping[str, Any]) -> Message | None:
+    """The message; None, with a line in the log, if it is none: it is neither retried nor an error of ours."""
     try:
         return kind.parse(args, given)
     except InvalidInput as exc:
         log.warning("a message was rejected: %s", exc)
-        raise Reject(str(exc), requeue=False) from exc
+        return None
 
 
 def _later(message: Settle, exc: Unavailable) -> str:

@@ -15,7 +15,7 @@ from kombu.entity import Queue
 
 from dtr.host import host_id
 from dtr.state.keys import upload_queue
-from tasks import shutdown
+from tasks import shutdown, transport
 from tasks.config import settings
 
 __all__ = ["UploadWorker"]
@@ -28,9 +28,10 @@ class UploadWorker(Worker):  # type: ignore[misc]  # Celery has no types
 
     def on_before_init(self, **options: Any) -> None:
         queue = upload_queue(host_id(settings().staging))
-        self.app.conf.task_queues = [Queue(queue, routing_key=queue)]
+        self.app.conf.task_queues = [Queue(queue, routing_key=queue)]  # type: ignore[no-untyped-call]
         self.app.conf.task_default_queue = queue
         shutdown.share()
+        transport.install()
         super().on_before_init(**options)
 
     def setup_instance(self, **options: Any) -> None:

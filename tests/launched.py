@@ -91,7 +91,7 @@ class Launcher:
         folder.mkdir(exist_ok=True)
         self.mark = secrets.token_hex(8)
         command = [] if "--" in options else ["--", sys.executable, "-m", "tests.launched", str(folder)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark, **env}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark, "DTR_TEST_FOLDER": str(folder), **env}
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "worker_agent", "run", *options, *command],

@@ -118,7 +118,13 @@ class Uploader:
         base is not on record yet), LOST (others were faster, or the checkpoint is over), RELEASED (an error that is on the part now).
         """
         state, token = self._state(job), f"{self.host}:{os.getpid()}:{secrets.token_hex(4)}"
-        answer = self._claim(state, run, step, rank, token)
+        try:
+            answer = self._claim(state, run, step, rank, token)
+        except (StateLost, Recovering) as exc:
+            if not self._recover(state, run, step, rank):
+                log.info("job %s run %s step %d rank %d is not known: %s", job, run, step, rank, exc)
+                return "UNKNOWN"
+            answer = self._claim(state, run, step, rank, token)
         if answer.answer == "NONE" and answer.state in {"", "WRITING"}:
             word = self._register(state, job, run, step, rank)
             if word:
@@ -163,24 +169,17 @@ class Uploader:
     # --- claiming ---
 
     def _claim(self, state: JobState, run: str, step: int, rank: int, token: str) -> Claim:
-        def ask() -> Claim:
-            return parts.claim(
-                state,
-                run,
-                step,
-                rank,
-                host=self.host,
-                token=token,
-                nonce=secrets.token_hex(4),
-                lease_ms=int(self.limits.lease_s * 1000),
-                max_attempts=self.limits.max_attempts,
-            )
-
-        try:
-            return ask()
-        except (StateLost, Recovering):
-            self._recover(state, run, step, rank)
-            return ask()
+        return parts.claim(
+            state,
+            run,
+            step,
+            rank,
+            host=self.host,
+            token=token,
+            nonce=secrets.token_hex(4),
+            lease_ms=int(self.limits.lease_s * 1000),
+            max_attempts=self.limits.max_attempts,
+        )
 
     def _register(self, state: JobState, job: str, run: str, step: int, rank: int) -> str:
         """Tell Redis of the slot that a message names; '' if it knows it now."""
@@ -205,15 +204,14 @@ class Uploader:
             return "LOST"
         return ""
 
-    def _recover(self, state: JobState, run: str, step: int, rank: int) -> None:
-        """Redis was emptied, or is being filled: fill it from the store that the slot names, or wait for whoever does."""
+    def _recover(self, state: JobState, run: str, step: int, rank: int) -> bool:
+        """Redis was emptied, or is being filled: fill it from the store that the slot names, or wait for whoever does; False: no slot."""
         found = self._slot(state.job, run, step, rank)
-        store_url = found.record.store if found is not None and found.record is not None else None
-
-        def fill(state_id: str) -> int:
-            return rebuild(state, store_url, state_id=state_id) if store_url else 0
-
-        open_state(state, recover=fill, timeout_s=20)
+        if found is None or found.record is None:
+            return False
+        store_url = found.record.store
+        open_state(state, recover=lambda state_id: rebuild(state, store_url, state_id=state_id), timeout_s=20)
+        return True
 
     def _slot(self, job: str, run: str, step: int, rank: int, save: str = "") -> Found | None:
         for found in scan_job(self.staging, job):

@@ -2,17 +2,189 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Final
+
 import rich_click as click
 
+from dtr.cli.options import Target, job_state, reading_options, server_state, target
+from dtr.cli.screen import Screen, document, show
+from dtr.cli.sentences import moment
+from dtr.cli.table import LUXURY, Cell, Column, cell
+from dtr.errors import CoordinatorUnavailable, InvalidInput
+from dtr.views import stored as view
 from dtr.views.checkpoints import CheckpointView, PartView
-from dtr.views.words import duration, some
+from dtr.views.stored import Checked, CheckpointRow, CheckpointsView, OneView, Sources, name_of
+from dtr.views.words import count_of, duration, size, some
 
 __all__ = ["ckpt", "progress"]
+
+_DAMAGED: Final = 5
+_STYLES: Final = {"COMMITTED": "green", "ABORTED": "red", "ABORTING": "red", "DAMAGED": "bold red", "ABANDONED": "dim", "RETIRED": "dim"}
+_ROWS: Final = (
+    Column(title="run"),
+    Column(title="step", right=True),
+    Column(title="is"),
+    Column(title=""),
+    Column(title="size", right=True, spare=2),
+    Column(title="parts", right=True, spare=4),
+    Column(title="begun", spare=1),
+    Column(title="reason", least=16, spare=3),
+)
+_PARTS: Final = (
+    Column(title="rank", right=True),
+    Column(title="is", least=12),
+    Column(title="size", right=True, spare=1),
+    Column(title="worker", least=8, keep="ends", spare=2),
+    Column(title="host", least=10, keep="ends", spare=4),
+    Column(title="checksum", spare=3),
+    Column(title="object", spare=LUXURY),
+)
+_store = click.option("--store", metavar="URL", help="Where the checkpoints are; default: DTR_STORE, dtr.toml, what Redis says.")
 
 
 @click.group(short_help="List, show and verify checkpoints.")
 def ckpt() -> None:
-    """List, show and verify checkpoints."""
+    """List, show and verify checkpoints.
+
+    The store is the truth and Redis its index: with a store, all of this works while Redis is down.
+    """
+
+
+@contextlib.contextmanager
+def _sources(where: Target) -> Iterator[Sources]:
+    """Redis and the store; without Redis the store alone, with a line on stderr that says so."""
+    with contextlib.ExitStack() as stack:
+        try:
+            state = stack.enter_context(job_state(where))
+        except CoordinatorUnavailable:  # then the job is the one of the settings
+            state = stack.enter_context(server_state(where))
+        found = Sources.open(state, where.settings.store)
+        if found.note:
+            print(f"dtr: {found.note}", file=sys.stderr, flush=True)
+        yield found
+
+
+@ckpt.command(short_help="The checkpoints of a job, the newest first.")
+@click.option("--all", "everything", is_flag=True, help="Those that retention removed, too.")
+@_store
+@reading_options
+def ls(url: str | None, job: str | None, as_json: bool, store: str | None, everything: bool) -> None:
+    """The checkpoints of a job, the newest first: those under way, committed, abandoned (off the lineage) and aborted, with the reason."""
+    with _sources(target(url, job, store=store)) as sources:
+        found = view.read(sources, retired=everything)
+    show(found, json=as_json, human=_human_list)
+
+
+@ckpt.command("show", short_help="One checkpoint and its parts.")
+@click.argument("name", nargs=-1, metavar="[RUN STEP | RUN/STEP | latest]")
+@_store
+@reading_options
+def show_(url: str | None, job: str | None, as_json: bool, store: str | None, name: tuple[str, ...]) -> None:
+    """One checkpoint (default: the latest commit) and its parts: where each is, how large, its checksum, and what it waits for."""
+    with _sources(target(url, job, store=store)) as sources:
+        with _usage():
+            wanted = view.targets(sources, name)
+        found = view.read_one(sources, *wanted[0])
+    show(found, json=as_json, human=_human_one)
+
+
+@ckpt.command(short_help="Read every byte and compare it with the manifest.")
+@click.argument("name", nargs=-1, metavar="[RUN STEP | RUN/STEP | latest]")
+@click.option("--all", "everything", is_flag=True, help="Every commit of the job.")
+@_store
+@reading_options
+@click.pass_context
+def verify(
+    ctx: click.Context, url: str | None, job: str | None, as_json: bool, store: str | None, name: tuple[str, ...], everything: bool
+) -> None:
+    """Read every object of a checkpoint (default: the latest commit), and check its size and checksum against the manifest.
+
+    Exit 5 if anything is missing or damaged.
+    """
+    if everything and name:
+        raise click.UsageError("give a checkpoint or --all, not both.", ctx)
+    screen, results = Screen(), []
+    with _sources(target(url, job, store=store)) as sources:
+        with _usage():
+            wanted = view.targets(sources, name, everything=everything)
+        for result in view.verify(sources, wanted):
+            results.append(result)
+            if not as_json:
+                _tell(screen, result)
+        if as_json:
+            document({"job": sources.job, "store": sources.url, "ok": all(one.ok for one in results), "checkpoints": results})
+    damaged = [name_of(one.run, one.step) for one in results if not one.ok]
+    if damaged:
+        print(f"dtr: {len(damaged)} of {count_of(len(results), 'checkpoint')} damaged: {some(damaged)}", file=sys.stderr)
+        ctx.exit(_DAMAGED)
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """What is no name of a checkpoint is wrong usage."""
+    try:
+        yield
+    except InvalidInput as exc:
+        raise click.UsageError(f"{exc.message}.") from exc
+
+
+def _human_list(screen: Screen, found: CheckpointsView) -> None:
+    screen.line(f"job {found.job} · {count_of(len(found.checkpoints), 'checkpoint')} · {found.store or 'store unknown'}", "bold")
+    if found.checkpoints:
+        screen.line()
+        screen.table(_ROWS, [_row(one) for one in found.checkpoints])
+
+
+def _row(one: CheckpointRow) -> list[Cell]:
+    return [
+        cell(one.run),
+        cell(one.step),
+        cell(one.state.lower(), _STYLES.get(one.state, "yellow")),
+        cell("latest" if one.latest else None, "green"),
+        cell(None if one.size_bytes is None else size(one.size_bytes)),
+        cell(f"{one.done}/{one.expected}"),
+        cell(None if one.at_ms is None else moment(one.at_ms)),
+        cell(one.reason),
+    ]
+
+
+def _human_one(screen: Screen, found: OneView) -> None:
+    one = found.checkpoint
+    latest = ", the latest commit" if one.latest else ""
+    screen.fact("checkpoint", f"{name_of(one.run, one.step)} of job {found.job}{latest}")
+    screen.fact("is", one.state.lower() + (f": {one.reason}" if one.reason else ""), _STYLES.get(one.state, "yellow"))
+    kind = "replicated, fits any world size" if one.replicated else f"sharded, world size {one.world_size}"
+    amount = "" if one.size_bytes is None else f", {size(one.size_bytes)}"
+    screen.fact("holds", f"{one.done} of {count_of(one.expected, 'part')}{amount}; {kind}")
+    if one.at_ms is not None:
+        screen.fact("begun", moment(one.at_ms))
+    screen.fact("continues", found.parent or "nothing")
+    screen.fact("store", found.store or "unknown")
+    if found.parts:
+        screen.line()
+        screen.table(_PARTS, [_part(part) for part in found.parts])
+
+
+def _part(part: PartView) -> list[Cell]:
+    return [
+        cell(part.rank),
+        cell(part_word(part), "green" if part.state == "done" else "yellow"),
+        cell(None if part.size_bytes is None else size(part.size_bytes)),
+        cell(part.worker),
+        cell(part.host),
+        cell(part.checksum),
+        cell(part.object),
+    ]
+
+
+def _tell(screen: Screen, result: Checked) -> None:
+    rate = f", {size(int(result.size_bytes / result.seconds))}/s" if result.seconds else ""
+    text = f"{count_of(result.parts, 'part')}, {size(result.size_bytes)} in {result.seconds:.2f} s{rate}" if result.ok else result.error
+    word = cell("ok", "green") if result.ok else cell("damaged", "bold red")
+    screen.entry([cell(name_of(result.run, result.step)), word], text)
 
 
 def progress(one: CheckpointView) -> str:
@@ -20,7 +192,7 @@ def progress(one: CheckpointView) -> str:
     age = "" if one.age_s is None else f" for {duration(one.age_s)}"
     waits = [f"rank {part.rank} {part_word(part)}" for part in one.parts or () if part.state != "done"]
     why = f": {one.reason}" if one.reason else f": {some(waits)}" if waits else ""
-    return f"{one.run}/{one.step} {one.state.lower()}{age}, {one.done} of {one.expected} parts in the store{why}"
+    return f"{one.run}/{one.step} {one.state.lower()}{age}, {one.done} of {count_of(one.expected, 'part')} in the store{why}"
 
 
 def part_word(part: PartView) -> str:

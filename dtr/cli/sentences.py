@@ -53,7 +53,9 @@ def _ckpt(fields: Mapping[str, str]) -> str:
 _SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
     "joined": lambda f: f"{f['worker']} on {f['host']}, process {f['pid']}, generation {f['generation']}",
     "departed": lambda f: f"{f['worker']}: {f['reason']}",
-    "run_formed": lambda f: f"{f['run']} with {count_of(int(f['world_size']), 'rank')}" + (f" after {f['previous']}" if f.get("previous") else ""),
+    "run_formed": lambda f: (
+        f"{f['run']} with {count_of(int(f['world_size']), 'rank')}" + (f" after {f['previous']}" if f.get("previous") else "")
+    ),
     "run_ended": lambda f: f"{f['run']}: rank {f['rank']} ({f['worker']}) departed: {f['reason']}",
     "barrier_broken": _round,
     "barrier_timeout": _round,

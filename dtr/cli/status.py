@@ -19,6 +19,7 @@ from dtr.views import status as view
 from dtr.views.jobs import JobSummary
 from dtr.views.server import ServerView
 from dtr.views.status import JobView, PageView
+from dtr.views.uploaders import UploaderView
 from dtr.views.words import count_of, duration, size, some
 
 __all__ = ["status"]
@@ -140,15 +141,21 @@ def _facts(screen: Screen, found: JobView) -> None:
     screen.fact("run" if found.run else "last run", f"{last} · generation {found.generation}")
     _barriers(screen, found)
     _checkpoints(screen, found)
-    hosts = [f"{one.host} {'present' if one.present else 'MISSING'}" for one in found.uploaders]
-    if hosts:
-        screen.fact("uploaders", some(hosts, 8))
+    if found.uploaders:
+        screen.fact("uploaders", some([_uploader(one) for one in found.uploaders], 8))
     if found.counters:
         screen.fact("counters", " · ".join(f"{name} {value}" for name, value in found.counters.items()))
     if found.events:
         screen.line()
         screen.line("events", "bold")
         show_events(screen, found.events)
+
+
+def _uploader(one: UploaderView) -> str:
+    if not one.present:
+        return f"{one.host} MISSING"
+    doing = [f"{one.fields[name]} {word}" for name, word in (("uploads", "under way"), ("staged", "staged")) if name in one.fields]
+    return f"{one.host} present" + (f" ({some(doing)})" if doing else "")
 
 
 def _barriers(screen: Screen, found: JobView) -> None:

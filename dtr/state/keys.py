@@ -13,9 +13,10 @@ key                            type    holds (TTL; written by)
 ``fences``                     hash    worker -> incarnation; worker/CHANNEL -> ``number answer`` (none; join, depart, each channel)
 ``departed``                   hash    worker -> ``incarnation time reason`` of its newest departure (none; depart, reap)
 ``counters``                   hash    counter -> value: saves_skipped, ... (none; trainers)
-``worker:ID``                  hash    incarnation, host, pid, address, step, loss, phase, idle_s, late_ms, beat, beat_at (ttl and 2 beats; join, beat)
+``worker:ID``                  hash    incarnation, host, pid, address, step, loss, phase, idle_s, late_ms, beat, beat_at
+                                       (ttl and 2 beats; join, beat)
 ``ring``                       zset    ``worker#n`` -> mmh3 point, for people: agents compute it from member ids (none; join)
-``roster``                     hash    the current run only: worker -> ``rank incarnation``; ``:fence`` (state id and run, while it is open),
+``roster``                     hash    the current run only: worker -> ``rank incarnation``; ``:fence`` (state and run, while open),
                                        ``:world``, ``:wanted``, ``:released/NAME`` (none; form, depart, arrive)
 ``forming``                    hash    arrivals of the next run: worker -> ``incarnation asked_rank host`` (none; form)
 ``run:RUN``                    hash    world_size, generation, previous, base_state, base_run, base_step, store, formed_at, and one field

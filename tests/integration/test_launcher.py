@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from typing import Any
 import pytest
 import redis
 
+from dtr.checkpoint.slots import finish
+from dtr.checkpoint.staging import Arena
 from dtr.config import Settings
 from dtr.errors import CoordinatorUnavailable
 from dtr.state.keys import Keys
 from tests.launched import ROOT, Launcher
 from tests.servers import RedisServer, free_port
+from tests.staged import record, stage, staged
 from tests.waiting import eventually
 from worker_agent.launcher.ground import finish_uploads, standing
 
@@ -63,7 +68,8 @@ def test_each_trainer_gets_its_place(launch: Launch, valkey: RedisServer, tmp_pa
     host = (tmp_path / "staging" / ".host-id").read_text().strip()
     for rank, env in enumerate(found):
         assert {k: env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DTR_WORLD_MIN", "DTR_RESTARTS")} == {
-            "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3", "DTR_WORLD_MIN": "2", "DTR_RESTARTS": "0",
+            "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3",
+            "DTR_WORLD_MIN": "2", "DTR_RESTARTS": "0",
         }  # fmt: skip
         assert (env["DTR_WORKER_ID"], env["DTR_REDIS_URL"]) == (f"{host}-{rank}", valkey.url)
         assert env["DTR_STAGING"] == str(tmp_path / "staging")
@@ -216,14 +222,12 @@ def test_signals_reach_the_whole_process_group(launch: Launch, tmp_path: Path) -
     launcher = launch("-n", "2", "--", "bash", "-c", script, "x", "top", script)
     files = [tmp_path / f"got-{rank}-{level}" for rank in range(2) for level in ("top", "sub")]
     eventually(lambda: all(file.exists() for file in files), what="all four processes")
-    expected = ""
-    for name in ("USR1", "USR2"):
-        expected += f"{name}\n"
-        launcher.signal(signal.Signals[f"SIG{name}"])
-        eventually(lambda: all(file.read_text() == expected for file in files), what=name)
+    for number, expected in ((signal.SIGUSR1, "USR1\n"), (signal.SIGUSR2, "USR1\nUSR2\n")):
+        launcher.signal(number)
+        eventually(lambda wanted=expected: all(file.read_text() == wanted for file in files), what=expected)
     launcher.signal(signal.SIGTERM)
     assert launcher.wait() == 0
-    assert all(file.read_text() == expected + "TERM\n" for file in files)
+    assert all(file.read_text() == "USR1\nUSR2\nTERM\n" for file in files)
     assert launcher.left() == []
 
 
@@ -235,12 +239,8 @@ def test_ctrl_c_is_130_and_a_second_one_kills(launch: Launch) -> None:
     eventually(lambda: "stopping the trainers" in launcher.err, what="the first Ctrl-C")
     while launcher.process.poll() is None:  # an echo of the first press within 0.3 s does not count
         launcher.signal(signal.SIGINT)
-        with pytest.MonkeyPatch.context():
-            eventually(lambda: True)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
     assert launcher.process.returncode == 130
     assert "killing what is left" in launcher.err
     assert launcher.left() == []
@@ -267,11 +267,8 @@ def test_nothing_is_left_behind(launch: Launch, tmp_path: Path) -> None:
 
 def test_a_trainer_behind_a_shell_is_looked_after(launch: Launch, raw: redis.Redis, job: str) -> None:
     """The shell is the launcher's child, the trainer the shell's: its death is told to Redis although the shell lives on."""
-    launcher = launch("--", "bash", "-c", f"{sys.executable} -m tests.launched $0 || sleep 60", "FOLDER", **{"DTR_TTL_S": "300"})
-    folder = launcher.folder
-    launcher.__exit__()
-    launcher = launch("--", "bash", "-c", f"{sys.executable} -m tests.launched {folder} || sleep 60", **{"DTR_TTL_S": "300"})
-    launcher.folder = folder
+    script = f'{sys.executable} -m tests.launched "$DTR_TEST_FOLDER" || sleep 60'
+    launcher = launch("--", "bash", "-c", script, DTR_TTL_S="300")
     os.kill(launcher.wait_for("formed")["pid"], signal.SIGKILL)
     found = eventually(lambda: events(raw, job, "departed"), what="the departure")
     assert "its parent" in found[0]["reason"]
@@ -297,6 +294,17 @@ def test_a_server_is_started_only_where_none_was_named(tmp_path: Path) -> None:
         redis.Redis.from_url(url).ping()
 
 
-def test_staged_saves_are_waited_for_within_a_bound(tmp_path: Path) -> None:
-    """Nothing staged: no wait. A staged part that nobody uploads: the bound ends it, and how many are left is told."""
-    assert finish_uploads(str(tmp_path), within_s=60) == 0
+def test_staged_saves_are_waited_for_within_a_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Until the parts that were staged are final; not longer than the bound, and then it is told how many are left, and where."""
+    staging = str(tmp_path / "staging")
+    assert finish_uploads(staging, within_s=60) == 0
+    arena = Arena(staging, job="job", worker="w0", policy="fail")
+    for step in range(2):
+        stage(arena, b"data", record(step))
+    assert finish_uploads(staging, within_s=0.3) == 2
+    assert f"2 staged parts are not committed; they stay in {staging}" in caplog.text
+    uploader = threading.Timer(0.5, lambda: [finish(found, "committed") for found in staged(staging)])
+    uploader.start()
+    assert finish_uploads(staging, within_s=60) == 0
+    uploader.join()
+    arena.close()

@@ -32,7 +32,6 @@ from worker_agent.demo.story import Kill, Story, moves
 WORKERS = ["host-0", "host-1", "host-2", "host-3"]
 FIRST, SECOND, THIRD = "0001-aaaa", "0002-bbbb", "0003-cccc"
 KILL = Kill(at=2.0, wall_ms=1_000_000.0, worker="host-2", rank=2, pid=102, run=FIRST, step=5)
-DEPARTED_MS = {"host-2": 1_000_012.0}
 REASON = "rank 2 (host-2) departed: signal 9 (SIGKILL)"
 
 # Twelve shards: three each; host-2's go to the others; on its return it gets three, one of each.
@@ -100,11 +99,18 @@ def rehearsal() -> list[Note]:
     return [Note(at=at, worker=worker, pid=pids[worker], event=event) for at, worker, event in events]
 
 
+def set_kill(story: Story) -> None:
+    """The director kills, and Redis says so; what it says of others, or again when the trainer leaves in the end, changes nothing."""
+    story.kill = KILL
+    for worker, at_ms in (("host-1", 1_000_005.0), ("host-2", 1_000_012.0), ("host-2", 1_007_000.0)):
+        story.add_departure(worker, at_ms)
+
+
 def told(notes: Iterable[Note]) -> Story:
     story = Story()
     for note in notes:
         story.add(note)
-    story.kill, story.departed_ms = KILL, DEPARTED_MS
+    set_kill(story)
     return story
 
 
@@ -276,7 +282,7 @@ def test_each_line_is_told_once_and_in_order():
     for note in sorted(rehearsal(), key=lambda note: note.at):
         story.add(note)
         if note.at >= 2.0:
-            story.kill, story.departed_ms = KILL, DEPARTED_MS
+            set_kill(story)
         lines += [line.text for line in narrator.fresh(story)]
     assert lines == [
         "run 0001-aaaa: 4 ranks; of 12 shards they hold 3 3 3 3",

@@ -184,7 +184,7 @@ class Watch:
             for entry_id, fields in entries:
                 self._event_id = entry_id
                 if fields.get("event") == "departed":
-                    self.story.departed_ms[fields["worker"]] = float(entry_id.partition("-")[0])
+                    self.story.add_departure(fields["worker"], float(entry_id.partition("-")[0]))
         for note in self._notes.fresh():
             self._heard_at = time.monotonic()
             self.story.add(note)

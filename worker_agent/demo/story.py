@@ -93,7 +93,7 @@ class Story:
         saves: the notes of each save, by worker.
         commits: of each save that is durable.
         kill: once it was done.
-        departed_ms: server time at which Redis had each departure on record, by worker, the newest.
+        recorded_at_ms: when Redis had the killed trainer's departure on record, by its own clock.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Story:
         self.pids: dict[str, int] = {}
         self.finished: set[str] = set()
         self.kill: Kill | None = None
-        self.departed_ms: dict[str, float] = {}
+        self.recorded_at_ms: float | None = None
         self._seconds: list[float] = []
         self._last_step: dict[str, tuple[str, int, float]] = {}
 
@@ -140,6 +140,11 @@ class Story:
             case Finished():
                 self.finished.add(worker)
                 self.phases[worker] = "done"
+
+    def add_departure(self, worker: str, at_ms: float) -> None:
+        """Take in what Redis says: ``worker`` departed at ``at_ms`` of its clock. What counts is the first time after the kill."""
+        if self.kill is not None and worker == self.kill.worker and self.recorded_at_ms is None:
+            self.recorded_at_ms = at_ms
 
     def _run(self, run: str) -> RunStory:
         if run not in self.runs:
@@ -216,8 +221,7 @@ class Story:
 
     def recorded_ms(self) -> float | None:
         """From the kill until Redis had the departure on record, by the clock of this machine; None before."""
-        found = self.departed_ms.get(self.kill.worker) if self.kill is not None else None
-        return None if found is None or self.kill is None else found - self.kill.wall_ms
+        return None if self.recorded_at_ms is None or self.kill is None else self.recorded_at_ms - self.kill.wall_ms
 
     def recovery_s(self) -> float | None:
         """From the kill until every survivor had done a step again; None before."""

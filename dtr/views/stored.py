@@ -1,0 +1,332 @@
+"""Checkpoints of a job from both sides: Redis's index, which knows those under way, and the store, which is the truth about the others.
+
+Either side alone is enough: without Redis the store tells, without a store the index does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Final
+
+from dtr import names
+from dtr.checkpoint.catalogue import Listed, catalogue, verify_parts
+from dtr.checkpoint.lineage import Lineage
+from dtr.checkpoint.manifest import Manifest
+from dtr.checkpoint.survey import Holdings, known_runs, lineage_of, read_manifest, survey
+from dtr.errors import CoordinatorUnavailable, IntegrityError, InvalidInput, NoCheckpoint, NotFound
+from dtr.state.job import JobState
+from dtr.store import Store, open_store
+from dtr.views import checkpoints
+from dtr.views.checkpoints import CheckpointView, IndexView, PartView
+from dtr.views.reading import reading
+
+__all__ = ["Checked", "CheckpointRow", "CheckpointsView", "OneView", "Sources", "name_of", "read", "read_one", "targets", "verify"]
+
+_READERS: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where one job's checkpoints are looked for; ``index`` is None without Redis, ``store`` is None if no store is known.
+
+    ``store`` is the job's folder, ``url`` that of the store as users name it, ``note`` says why a side is missing.
+    """
+
+    job: str
+    state: JobState | None
+    index: IndexView | None
+    store: Store | None
+    url: str
+    note: str
+
+    @classmethod
+    def open(cls, state: JobState, store_url: str | None) -> Sources:
+        """Ask Redis, and open the store: the given one, or the one that Redis says the job uses.
+
+        Raises:
+            CoordinatorUnavailable: Redis does not answer, and no store was given.
+            ConfigError: the store's URL is none.
+        """
+        index, note, url = None, "", store_url
+        try:
+            index = checkpoints.read(state)
+            url = url or _recorded(state)
+        except CoordinatorUnavailable as exc:
+            if not url:
+                raise
+            note = f"showing what the store holds, because {exc.message}"
+        if not url:
+            return cls(
+                job=state.job, state=state, index=index, store=None, url="", note="no store is known: give --store to compare with it"
+            )
+        base = open_store(url)
+        return cls(job=state.job, state=None if index is None else state, index=index, store=base.child(state.job), url=base.url, note=note)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRow:
+    """One checkpoint. ``state``: WRITING, SEALED, ABORTING (under way), COMMITTED, ABANDONED, ABORTED, RETIRED, or DAMAGED.
+
+    ``in_index`` and ``in_store`` are None where that side was not asked; ``at_ms`` is when it was begun, by the server's clock.
+    """
+
+    run: str
+    step: int
+    state: str
+    reason: str
+    latest: bool
+    size_bytes: int | None
+    world_size: int
+    replicated: bool
+    done: int
+    expected: int
+    at_ms: int | None
+    in_index: bool | None
+    in_store: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointsView:
+    """The checkpoints of a job, the newest first; ``note`` says what could not be asked."""
+
+    job: str
+    store: str
+    latest: str  # RUN/STEP, empty if there is none
+    note: str
+    checkpoints: tuple[CheckpointRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneView:
+    """One checkpoint with its parts; ``parent`` is the RUN/STEP that its run continues."""
+
+    job: str
+    store: str
+    note: str
+    checkpoint: CheckpointRow
+    parent: str
+    parts: tuple[PartView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """The result for one checkpoint; ``error`` is empty if every byte is what was committed."""
+
+    run: str
+    step: int
+    ok: bool
+    parts: int
+    size_bytes: int
+    seconds: float
+    error: str
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read(sources: Sources, *, retired: bool = False) -> CheckpointsView:
+    """List the checkpoints, with those that retention removed only if asked for.
+
+    A store keeps the tombstones of all that it ever held, so they are read only where the index may have gaps.
+
+    Raises:
+        StoreUnavailable, CoordinatorUnavailable, StateCorrupt.
+    """
+    index, store = sources.index, sources.store
+    indexed = [] if index is None else list(index.checkpoints)
+    latest = "" if index is None else index.latest
+    listed: list[Listed] = []
+    holdings = None
+    if store is not None:
+        holdings = survey(store)
+        known = {(ckpt.run, ckpt.step) for ckpt in indexed}
+        if retired or sources.state is None or known_runs(sources.state, holdings.runs) < holdings.runs:
+            lineage = lineage_of(store, sources.url, holdings, sources.state)
+            listed = _listed(store, lineage, replace(holdings, decided=holdings.decided - known))
+            latest = latest or _latest(lineage, listed)
+    rows = [_indexed_row(ckpt, holdings) for ckpt in indexed]
+    rows += [_listed_row(one, latest, index) for one in listed if retired or one.state != "RETIRED"]
+    rows.sort(key=lambda row: (row.at_ms or 0, row.step, row.run), reverse=True)
+    return CheckpointsView(job=sources.job, store=sources.url, latest=latest, note=sources.note, checkpoints=tuple(rows))
+
+
+def read_one(sources: Sources, run: str, step: int) -> OneView:
+    """One checkpoint, from both sides.
+
+    Raises:
+        NoCheckpoint: neither side knows it.
+        StoreUnavailable, CoordinatorUnavailable, StateCorrupt.
+    """
+    indexed = None if sources.state is None else checkpoints.read_one(sources.state, run, step)
+    holdings = None if sources.store is None else survey(sources.store)
+    manifest, damage = _manifest(sources.store, run, step)
+    if indexed is not None:
+        row = _indexed_row(indexed, holdings)
+    elif sources.store is not None and holdings is not None and (manifest is not None or damage):
+        lineage = lineage_of(sources.store, sources.url, holdings, sources.state)
+        listed = catalogue(sources.store, lineage, replace(holdings, decided=frozenset({(run, step)})))
+        row = _listed_row(listed[0], _latest(lineage, listed), sources.index)
+    else:
+        raise NoCheckpoint(f"job {sources.job} has no checkpoint {run}/{step}; `dtr ckpt ls` lists them", run=run, step=step)
+    if damage:
+        row = replace(row, state="DAMAGED", reason=damage)
+    parent = "" if manifest is None or manifest.parent is None else name_of(*manifest.parent)
+    return OneView(job=sources.job, store=sources.url, note=sources.note, checkpoint=row, parent=parent, parts=_parts(manifest, indexed))
+
+
+def verify(sources: Sources, wanted: Sequence[tuple[str, int]]) -> Iterator[Checked]:
+    """Read every byte of these checkpoints; one result each, as soon as it is there.
+
+    Raises:
+        InvalidInput: no store is known.
+        NoCheckpoint: there is no decision about one of them.
+        StoreUnavailable.
+    """
+    store = sources.store
+    if store is None:
+        raise InvalidInput("store must be known to verify what is in it: give --store, or set DTR_STORE", field="store")
+    for run, step in wanted:
+        began = time.monotonic()
+        parts, size_bytes, error = 0, 0, ""
+        try:
+            manifest = read_manifest(store, run, step)
+            parts, size_bytes = len(manifest.parts), sum(part.size_bytes for part in manifest.parts)
+            verify_parts(store, manifest)
+        except NotFound as exc:
+            raise NoCheckpoint(f"{sources.url} holds no decision about {run}/{step} of job {sources.job}", run=run, step=step) from exc
+        except IntegrityError as exc:
+            error = exc.message
+        seconds = time.monotonic() - began
+        yield Checked(run=run, step=step, ok=not error, parts=parts, size_bytes=size_bytes, seconds=round(seconds, 3), error=error)
+
+
+def targets(sources: Sources, words: Sequence[str], *, everything: bool = False) -> list[tuple[str, int]]:
+    """What ``RUN STEP``, ``RUN/STEP``, ``latest`` (or nothing) mean; with ``everything`` each commit of the listing.
+
+    Raises:
+        InvalidInput: the words are none of these.
+        NoCheckpoint: there is no commit.
+    """
+    if everything:
+        return [(row.run, row.step) for row in read(sources).checkpoints if row.state in {"COMMITTED", "ABANDONED", "DAMAGED"}]
+    if list(words) not in ([], ["latest"]):
+        return [_parsed(words)]
+    found = read(sources).latest
+    if not found:
+        raise NoCheckpoint(f"job {sources.job} has no commit yet in {sources.url or 'any store'}")
+    return [checkpoints.split(found)]
+
+
+def _parsed(words: Sequence[str]) -> tuple[str, int]:
+    pieces = words[0].split("/") if len(words) == 1 else list(words)
+    if len(pieces) != 2 or not (pieces[1].isascii() and pieces[1].isdigit()):
+        raise InvalidInput(f"expected RUN STEP, RUN/STEP or latest, got {' '.join(words)[:80]!r}", field="checkpoint")
+    return names.name(pieces[0], "run"), names.step(int(pieces[1]))
+
+
+def name_of(run: str, step: int) -> str:
+    """``RUN/STEP``."""
+    return f"{run}/{step}"
+
+
+# --- how ------------------------------------------------------------------------------------------------------------
+
+
+def _recorded(state: JobState) -> str:
+    """The store of the newest run, as Redis has it; '' if it knows none."""
+    with reading(state):
+        run = state.redis.hget(state.keys.meta, "last_run")
+        return (state.redis.hget(state.keys.run(run), "store") or "") if run else ""
+
+
+def _listed(store: Store, lineage: Lineage, holdings: Holdings) -> list[Listed]:
+    """What the store says of each decided checkpoint; several are read at once, since each is a round trip."""
+    alone = [replace(holdings, decided=frozenset({one})) for one in holdings.decided]
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="dtr-list") as readers:
+        found = readers.map(lambda one: catalogue(store, lineage, one), alone)
+        return [listed for several in found for listed in several]
+
+
+def _latest(lineage: Lineage, listed: Sequence[Listed]) -> str:
+    commits = lineage.newest_first((one.run, one.step) for one in listed if one.state == "COMMITTED")
+    return name_of(*commits[0]) if commits else ""
+
+
+def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None) -> CheckpointRow:
+    in_store = None if holdings is None else (ckpt.run, ckpt.step) in holdings.decided
+    gone = ckpt.state in {"COMMITTED", "ABANDONED"} and in_store is False
+    return CheckpointRow(
+        run=ckpt.run,
+        step=ckpt.step,
+        state="DAMAGED" if gone else ckpt.state,
+        reason="it was committed, but its manifest is not in the store" if gone else ckpt.reason,
+        latest=ckpt.latest,
+        size_bytes=ckpt.size_bytes,
+        world_size=ckpt.world_size,
+        replicated=ckpt.replicated,
+        done=ckpt.done,
+        expected=ckpt.expected,
+        at_ms=ckpt.created_at_ms,
+        in_index=True,
+        in_store=in_store,
+    )
+
+
+def _listed_row(listed: Listed, latest: str, index: IndexView | None) -> CheckpointRow:
+    expected = 1 if listed.replicated else listed.world_size
+    lost = index is not None and listed.state in {"COMMITTED", "ABANDONED"}
+    return CheckpointRow(
+        run=listed.run,
+        step=listed.step,
+        state=listed.state,
+        reason=listed.reason or ("Redis does not know it: `dtr rebuild` tells it" if lost else ""),
+        latest=latest == name_of(listed.run, listed.step),
+        size_bytes=listed.size_bytes or None,
+        world_size=listed.world_size,
+        replicated=listed.replicated,
+        done=expected if listed.state in {"COMMITTED", "ABANDONED"} else 0,
+        expected=expected,
+        at_ms=listed.created_at_ms or None,
+        in_index=None if index is None else False,
+        in_store=True,
+    )
+
+
+def _manifest(store: Store | None, run: str, step: int) -> tuple[Manifest | None, str]:
+    """The decision, None if there is none; or why it cannot be read."""
+    if store is None:
+        return None, ""
+    try:
+        return read_manifest(store, run, step), ""
+    except NotFound:
+        return None, ""
+    except IntegrityError as exc:
+        return None, exc.message
+
+
+def _parts(manifest: Manifest | None, indexed: CheckpointView | None) -> tuple[PartView, ...]:
+    """Those of the manifest, which are the truth, with what only the index knows of them; without a commit, the index's."""
+    known = {} if indexed is None else {part.rank: part for part in indexed.parts or ()}
+    if manifest is None or manifest.decision != "commit":
+        return tuple(known.values())
+    return tuple(
+        PartView(
+            rank=part.rank,
+            worker=part.worker,
+            host=known[part.rank].host if part.rank in known else "",
+            state="done",
+            size_bytes=part.size_bytes,
+            progress_bytes=part.size_bytes,
+            uploader="",
+            lease_left_s=None,
+            attempts=known[part.rank].attempts if part.rank in known else 0,
+            failures=known[part.rank].failures if part.rank in known else 0,
+            error="",
+            object=part.object,
+            checksum=part.checksum,
+        )
+        for part in manifest.parts
+    )
