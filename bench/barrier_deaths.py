@@ -25,7 +25,8 @@ def deaths(url: str, processes: int, count: int) -> list[float]:
         base = urlsplit(url)._replace(path="/1").geturl()
         command = [
             sys.executable, "-m", "worker_agent", "run", "-n", str(processes), "--max-restarts", str(count), "--url", base,
-            "--staging", f"{folder}/staging", "--job", "deaths", "--no-uploader", "--", sys.executable, "-m", "bench.barrier_deaths", folder, str(count),
+            "--staging", f"{folder}/staging", "--job", "deaths", "--no-uploader",
+            "--", sys.executable, "-m", "bench.barrier_deaths", folder, str(count),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode != 0:

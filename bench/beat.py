@@ -137,7 +137,8 @@ def _core_share(url: str, state: JobState, who: Sequence[Identity], seconds: flo
 
 def _packed(*command: Any) -> bytes:
     words: Any = command
-    return pack_command(words)
+    packed: bytes = pack_command(words)
+    return packed
 
 
 def _cpu_s(state: JobState) -> float:

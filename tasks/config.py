@@ -25,6 +25,8 @@ def celery_settings() -> dict[str, Any]:
     """What the workers, ``inspect`` and Flower go by."""
     return {
         **broker_settings(settings().broker),
+        # Each of Flower's inspections holds a connection and waits for a second one: with few of them it stands still for good.
+        "broker_pool_limit": 100,
         "broker_connection_retry": True,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # the default of 100 ends the worker for good

@@ -17,12 +17,12 @@ __all__ = ["Channel", "Transport", "install"]
 log = logging.getLogger(__name__)
 
 
-class Channel(redis.Channel):  # type: ignore[misc]  # kombu has no types
+class Channel(redis.Channel):
     """A channel whose queues may hold garbage."""
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
-            return super()._brpop_read(**options)
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]  # kombu has no types
         except Empty:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
@@ -30,7 +30,7 @@ class Channel(redis.Channel):  # type: ignore[misc]  # kombu has no types
             raise Empty from exc
 
 
-class Transport(redis.Transport):  # type: ignore[misc]
+class Transport(redis.Transport):
     """The transport with that channel."""
 
     Channel = Channel

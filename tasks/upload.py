@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from dtr.checkpoint.upload import Limits, Uploader
-from dtr.errors import InvalidInput, Unavailable
+from dtr.errors import DtrError, InvalidInput, Unavailable
 from dtr.host import host_id
 from dtr.publish import SETTLE, UPLOAD_PART
 from tasks import shutdown
@@ -34,7 +34,7 @@ def upload_part(*args: Any, **given: Any) -> str:
         return "STOPPING"
     try:
         word = _uploader(os.getpid()).upload_part(message.job, message.run, message.step, message.rank)
-    except Unavailable as exc:
+    except DtrError as exc:
         return _later(message, exc)
     log.info("job %s run %s step %d rank %d: %s", message.job, message.run, message.step, message.rank, word)
     return word
@@ -50,7 +50,7 @@ def settle(*args: Any, **given: Any) -> str:
         return "STOPPING"
     try:
         word = _uploader(os.getpid()).settle(message.job, message.run, message.step)
-    except Unavailable as exc:
+    except DtrError as exc:
         return _later(message, exc)
     log.info("job %s run %s step %d: %s", message.job, message.run, message.step, word or "UNKNOWN")
     return word or "UNKNOWN"
@@ -65,9 +65,10 @@ def _parsed(kind: type[Message], args: Sequence[Any], given: Mapping[str, Any]) 
         return None
 
 
-def _later(message: Settle, exc: Unavailable) -> str:
-    """Redis or the store is away: the reconciler comes back to it, so neither a failed task nor a stack trace tells more."""
-    log.warning("job %s run %s step %d: not now: %s", message.job, message.run, message.step, exc)
+def _later(message: Settle, exc: DtrError) -> str:
+    """Redis or the store is away, or damaged: the reconciler comes back to it, so a failed task with its stack would tell no more."""
+    level = logging.WARNING if isinstance(exc, Unavailable) else logging.ERROR
+    log.log(level, "job %s run %s step %d: not now: %s: %s", message.job, message.run, message.step, type(exc).__name__, exc)
     return "LATER"
 
 

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
                             agent.step()
                             time.sleep(0.05)
                             hold_gil(folder, say)
-                            agent.barrier("step")
+                            with agent.phase("waiting for the others"):
+                                agent.barrier("step")
                     except (BarrierBroken, RosterChanged) as change:
                         say("changed", reason=change.message)
                         if not (folder / "stop").exists():

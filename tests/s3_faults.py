@@ -6,9 +6,9 @@
         store = open_store(server.url("x", endpoint=faulty.endpoint))
 
 What each does: ``500`` ``503`` ``429`` ``403`` ``expired`` ``region`` answer so without asking the server; ``no_conditions`` and
-``no_checksums`` answer 501 to requests with such a header; ``ignore_conditions`` overwrites in spite of If-None-Match; ``drop_reply`` and ``reset``
-close the connection after and before the effect; ``hang`` never answers; ``truncate`` and ``flip`` damage the answer's body;
-``damage`` the request's.
+``no_checksums`` answer 501 to requests with such a header; ``ignore_conditions`` overwrites in spite of If-None-Match;
+``drop_reply`` and ``reset`` close the connection after and before the effect; ``hang`` never answers; ``truncate`` and ``flip``
+damage the answer's body, ``damage`` the request's.
 """
 
 from __future__ import annotations

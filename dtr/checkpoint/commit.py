@@ -14,10 +14,10 @@ import logging
 
 from dtr.checkpoint import parts
 from dtr.checkpoint.manifest import Manifest, PartFacts
-from dtr.checkpoint.parts import CheckpointView
+from dtr.checkpoint.parts import CheckpointView, PartView
 from dtr.checkpoint.rebuild import index_checkpoint
 from dtr.checkpoint.survey import manifest_key, read_manifest
-from dtr.errors import AlreadyExists, CheckpointError, DtrError, NotFound, StoreUnavailable
+from dtr.errors import AlreadyExists, CheckpointError, DtrError, InvalidInput, NotFound, StateCorrupt, StoreUnavailable
 from dtr.failpoints import failpoint
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -109,28 +109,31 @@ def _manifest(state: JobState, view: CheckpointView, abort_reason: str | None = 
         base_state, base_run, base_step = state.redis.hmget(state.keys.run(view.run), ["base_state", "base_run", "base_step"])
     if base_state != "SET" and abort_reason is None:
         raise CheckpointError(f"run {view.run} step {view.step} cannot be committed yet: what the run continues is not on record")
-    facts = [
-        PartFacts(
-            rank=part.rank,
-            worker=part.worker,
-            incarnation=part.incarnation,
-            object=part.object,
-            size_bytes=part.size_bytes,
-            checksum=part.checksum,
+    try:
+        return Manifest(
+            decision="commit" if abort_reason is None else "abort",
+            job=state.job,
+            run=view.run,
+            step=view.step,
+            world_size=view.world_size,
+            replicated=view.replicated,
+            parent=(base_run, int(base_step)) if base_run else None,
+            created_at=view.sealed_at_ms or view.created_at_ms,
+            parts=tuple(_facts(part) for part in view.parts.values()) if abort_reason is None else (),
+            reason=abort_reason or "",
         )
-        for part in view.parts.values()
-    ]
-    return Manifest(
-        decision="commit" if abort_reason is None else "abort",
-        job=state.job,
-        run=view.run,
-        step=view.step,
-        world_size=view.world_size,
-        replicated=view.replicated,
-        parent=(base_run, int(base_step)) if base_run else None,
-        created_at=view.sealed_at_ms or view.created_at_ms,
-        parts=tuple(facts) if abort_reason is None else (),
-        reason=abort_reason or "",
+    except (InvalidInput, ValueError) as exc:
+        raise StateCorrupt(f"{state.keys.ckpt(view.run, view.step)} and its parts make no manifest: {exc}") from exc
+
+
+def _facts(part: PartView) -> PartFacts:
+    return PartFacts(
+        rank=part.rank,
+        worker=part.worker,
+        incarnation=part.incarnation,
+        object=part.object,
+        size_bytes=part.size_bytes,
+        checksum=part.checksum,
     )
 
 

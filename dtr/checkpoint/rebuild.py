@@ -92,7 +92,7 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     holdings = survey(store)
     found = records(store, holdings)
     manifests = _manifests(store, holdings)
-    links = links_of(found) | _implied(found, manifests)
+    links = links_of(found)
     for record in found.values():
         _index_run(state, state_id, record, url)
     lineage = lineage_in_store(links)
@@ -137,20 +137,6 @@ def _parallel(read: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
         return [read(item) for item in items]
     with ThreadPoolExecutor(READERS, thread_name_prefix="dtr-rebuild") as pool:
         return list(pool.map(read, items))
-
-
-def _implied(found: Mapping[str, RunRecord], manifests: Mapping[Checkpoint, Manifest]) -> dict[str, Link]:
-    """What runs without a usable record continue, as their manifests say."""
-    return {
-        manifest.run: Link(
-            run=manifest.run,
-            parent_run=manifest.parent[0] if manifest.parent else "",
-            parent_step=manifest.parent[1] if manifest.parent else None,
-            created_at_ms=manifest.created_at,
-        )
-        for manifest in manifests.values()
-        if manifest.run not in found and manifest.decision == "commit"
-    }
 
 
 def _index_run(state: JobState, state_id: str, record: RunRecord, url: str) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of
 from dtr.checkpoint.manifest import Manifest, RunRecord
-from dtr.errors import CoordinatorUnavailable, ManifestInvalid, NotFound, StateCorrupt
+from dtr.errors import CoordinatorUnavailable, IntegrityError, ManifestInvalid, NotFound, StateCorrupt
 from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.store import Store
@@ -84,14 +84,50 @@ def read_record(store: Store, run: str) -> RunRecord:
 
 
 def records(store: Store, holdings: Holdings) -> dict[str, RunRecord]:
-    """Every run's record; one that is damaged is left out, and said so."""
+    """What each run continues: its record or, if that is damaged or gone, what one of its commits says.
+
+    So a run is known as long as anything of it can be restored.
+    """
     found: dict[str, RunRecord] = {}
-    for run in sorted(holdings.runs):
+    for run in sorted(holdings.runs | {run for run, _ in holdings.decided}):
         try:
             found[run] = read_record(store, run)
-        except (ManifestInvalid, NotFound) as exc:
-            log.error("the record of run %s cannot be used, so the lineage may end there: %s", run, exc)
+        except (IntegrityError, NotFound) as exc:
+            implied = _implied(store, run, holdings)
+            if implied is not None:
+                found[run] = implied
+            log.error("the record of run %s cannot be used%s: %s", run, "; its commits tell the same" if implied else "", exc)
     return found
+
+
+def _implied(store: Store, run: str, holdings: Holdings) -> RunRecord | None:
+    for _, step in sorted((c for c in holdings.decided if c[0] == run), reverse=True):
+        try:
+            manifest = read_manifest(store, run, step)
+        except (IntegrityError, NotFound):
+            continue
+        if manifest.decision != "abort":
+            return _record_of(manifest, store)
+    return None
+
+
+def _record_of(manifest: Manifest, store: Store) -> RunRecord:
+    """A run's record as far as a manifest tells it: the seats of ranks that it does not name are made up."""
+    seats = {part.rank: (part.worker, part.incarnation) for part in manifest.parts}
+    unknown = ("unknown", "0" * 12)
+    return RunRecord(
+        job=manifest.job,
+        run=manifest.run,
+        parent_run=manifest.parent[0] if manifest.parent else None,
+        parent_step=manifest.parent[1] if manifest.parent else None,
+        world_size=manifest.world_size,
+        roster={
+            seats[rank][0] if rank in seats else f"{unknown[0]}-{rank}": f"{rank} {seats.get(rank, unknown)[1]} unknown"
+            for rank in range(manifest.world_size)
+        },
+        store=store.url,
+        created_at=manifest.created_at,
+    )
 
 
 def links_of(found: Mapping[str, RunRecord]) -> dict[str, Link]:
@@ -148,7 +184,8 @@ def lineage_of(store: Store, store_url: str, holdings: Holdings, state: JobState
             lineage, where = lineage_in_index(state)
             if where == store_url and known_runs(state, holdings.runs) >= holdings.runs:
                 return lineage
-            log.info("Redis does not index %s in full: going by the store's own records", store_url)
+            if holdings.runs:
+                log.info("Redis does not index %s in full: going by the store's own records", store_url)
         except CoordinatorUnavailable as exc:
             log.warning("going by the store's own records, because %s", exc)
     return lineage_in_store(links_of(records(store, holdings)))

@@ -89,6 +89,7 @@ class _Flattener:
         self._path: list[tuple[str, Any]] = []  # (what is said of it, what names it in the file)
         self._open: set[int] = set()
         self._values = 0
+        self._dtypes: dict[np.dtype[Any], str | None] = {}
         self._by_type: dict[type, Callable[[Any], Any]] = {
             type(None): lambda value: value,
             bool: lambda value: value,
@@ -161,10 +162,15 @@ class _Flattener:
     # --- arrays ---
 
     def _array(self, value: Any) -> Any:
-        if (why := dtypes.why_unsupported(value.dtype)) is not None:
+        if (why := self._why_unsupported(value.dtype)) is not None:
             raise self._unsupported(f"is an array of dtype {value.dtype}: {why}")
         tensor = Tensor.of(value)
         return {"array": self._leaf_node(tensor, dtypes.describe(value.dtype) if tensor.is_raw else None)}
+
+    def _why_unsupported(self, dtype: np.dtype[Any]) -> str | None:
+        if dtype not in self._dtypes:
+            self._dtypes[dtype] = dtypes.why_unsupported(dtype)
+        return self._dtypes[dtype]
 
     def _torch(self, value: Any) -> Any:
         try:
@@ -179,7 +185,7 @@ class _Flattener:
         return name if dtype is None else {"at": name, "dtype": dtype, "shape": list(tensor.array.shape)}
 
     def _leaf(self, tensor: Tensor) -> str:
-        path = "/".join(_file_name(name) for _, name in self._path) or "state"
+        path = "/".join([_file_name(name) for _, name in self._path]) or "state"
         name, number = path, 1
         while name in self.leaves or name == "__metadata__":  # as {1: a, "1": b}
             number += 1
@@ -265,5 +271,7 @@ def _shown(key: Any) -> str:
 
 
 def _file_name(key: Any) -> str:
+    if type(key) is str and key.isalnum() and key.isascii():
+        return key
     text = key if type(key) is str else repr(key)
     return text.replace("~", "~0").replace("/", "~1").encode("utf-8", "backslashreplace").decode()

@@ -9,6 +9,7 @@ from typing import Final
 
 import rich_click as click
 
+from dtr.checkpoint.candidates import name_of
 from dtr.cli.options import Target, job_state, reading_options, server_state, target
 from dtr.cli.screen import Screen, document, show
 from dtr.cli.sentences import moment
@@ -16,10 +17,10 @@ from dtr.cli.table import LUXURY, Cell, Column, cell
 from dtr.errors import CoordinatorUnavailable, InvalidInput
 from dtr.views import stored as view
 from dtr.views.checkpoints import CheckpointView, PartView
-from dtr.views.stored import Checked, CheckpointRow, CheckpointsView, OneView, Sources, name_of
+from dtr.views.stored import Checked, CheckpointRow, CheckpointsView, OneView, Sources
 from dtr.views.words import count_of, duration, size, some
 
-__all__ = ["ckpt", "progress"]
+__all__ = ["ckpt", "progress", "show_list"]
 
 _DAMAGED: Final = 5
 _STYLES: Final = {"COMMITTED": "green", "ABORTED": "red", "ABORTING": "red", "DAMAGED": "bold red", "ABANDONED": "dim", "RETIRED": "dim"}
@@ -75,7 +76,7 @@ def ls(url: str | None, job: str | None, as_json: bool, store: str | None, every
     """The checkpoints of a job, the newest first: those under way, committed, abandoned (off the lineage) and aborted, with the reason."""
     with _sources(target(url, job, store=store)) as sources:
         found = view.read(sources, retired=everything)
-    show(found, json=as_json, human=_human_list)
+    show(found, json=as_json, human=show_list)
 
 
 @ckpt.command("show", short_help="One checkpoint and its parts.")
@@ -131,7 +132,8 @@ def _usage() -> Iterator[None]:
         raise click.UsageError(f"{exc.message}.") from exc
 
 
-def _human_list(screen: Screen, found: CheckpointsView) -> None:
+def show_list(screen: Screen, found: CheckpointsView) -> None:
+    """The table of checkpoints."""
     screen.line(f"job {found.job} · {count_of(len(found.checkpoints), 'checkpoint')} · {found.store or 'store unknown'}", "bold")
     if found.checkpoints:
         screen.line()
@@ -183,7 +185,7 @@ def _part(part: PartView) -> list[Cell]:
 def _tell(screen: Screen, result: Checked) -> None:
     rate = f", {size(int(result.size_bytes / result.seconds))}/s" if result.seconds else ""
     text = f"{count_of(result.parts, 'part')}, {size(result.size_bytes)} in {result.seconds:.2f} s{rate}" if result.ok else result.error
-    word = cell("ok", "green") if result.ok else cell("damaged", "bold red")
+    word = cell("ok     ", "green") if result.ok else cell("damaged", "bold red")
     screen.entry([cell(name_of(result.run, result.step)), word], text)
 
 

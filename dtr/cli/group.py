@@ -52,6 +52,7 @@ COMMANDS: Final[dict[str, Entry]] = dict(
         _entry("demo", "Run", "See it all at work: training, a kill, recovery."),
         _entry("up", "Run", "Run Redis, an uploader and Flower on this machine.", "stack"),
         _entry("down", "Run", "End what `dtr up` started.", "stack"),
+        _entry("rebuild", "Run", "Fill an emptied Redis from the store."),
         _entry("redis-cli", "Run", "Talk to the coordinator as redis-cli does."),
     ]
 )

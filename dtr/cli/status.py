@@ -37,6 +37,7 @@ _MOST_MEMBERS: Final = 16
 _MOST_DEPARTED: Final = 5
 _MOST_WARNINGS: Final = 10
 _MOST_ROUNDS: Final = 8
+_MOST_HOSTS: Final = 6
 
 
 @click.command(short_help="Is the job well, and if not, why.")
@@ -142,13 +143,20 @@ def _facts(screen: Screen, found: JobView) -> None:
     _barriers(screen, found)
     _checkpoints(screen, found)
     if found.uploaders:
-        screen.fact("uploaders", some([_uploader(one) for one in found.uploaders], 8))
+        _uploaders(screen, found.uploaders)
     if found.counters:
         screen.fact("counters", " · ".join(f"{name} {value}" for name, value in found.counters.items()))
     if found.events:
         screen.line()
         screen.line("events", "bold")
         show_events(screen, found.events)
+
+
+def _uploaders(screen: Screen, found: Sequence[UploaderView]) -> None:
+    if len(found) > _MOST_HOSTS:
+        screen.fact("uploaders", f"on {sum(one.present for one in found)} of {len(found)} hosts")
+    else:
+        screen.fact("uploaders", "; ".join(_uploader(one) for one in found))
 
 
 def _uploader(one: UploaderView) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -28,14 +29,19 @@ from dtr.state.client import connect
 __all__ = ["Plan", "Probe", "Service", "environment", "flower_service", "redis_service", "uploader_service"]
 
 _PROBE_TIMEOUT_S: Final = 2.0
+_FRESH_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """How to see that a service answers: ``ping`` a Redis, ``http`` GET, or ``uploader``: one is there for a staging folder."""
+    """How to see that a service answers: ``ping`` a Redis, ``http`` GET, or ``uploader``: one is there for a staging folder.
+
+    An uploader's presence in Redis outlives one that was killed, so it counts only if it was renewed within ``fresh_s``.
+    """
 
     kind: str
     target: str
+    fresh_s: float = 0.0
 
     def answers(self, url: str) -> bool:
         """Ask once. ``url`` is the coordinator's."""
@@ -43,7 +49,7 @@ class Probe:
             return _pings(self.target)
         if self.kind == "http":
             return _gets(self.target)
-        return _uploads(self.target, url)
+        return _uploads(self.target, url, self.fresh_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +120,7 @@ def uploader_service(settings: Settings) -> Service:
         name="uploader",
         argv=(sys.executable, "-m", "celery", "-A", "tasks", "worker"),
         address=f"staging in {os.path.abspath(settings.staging)}",
-        probe=Probe(kind="uploader", target=os.path.abspath(settings.staging)),
+        probe=Probe(kind="uploader", target=os.path.abspath(settings.staging), fresh_s=max(_FRESH_S, 3 * settings.scan_interval_s)),
     )
 
 
@@ -176,11 +182,13 @@ def _gets(target: str) -> bool:
         connection.close()
 
 
-def _uploads(staging: str, url: str) -> bool:
+def _uploads(staging: str, url: str, fresh_s: float) -> bool:
     client = connect(url, name="dtr-stack", timeout_s=_PROBE_TIMEOUT_S, retries=0)
     try:
-        return bool(client.exists(keys.uploader(host_id(staging))))
-    except (rx.RedisError, OSError):
+        seen_at_ms: Any = client.hget(keys.uploader(host_id(staging)), "last_scan_at")
+        # Written by this host's clock and compared with it.
+        return seen_at_ms is not None and time.time() - int(seen_at_ms) / 1000 < fresh_s
+    except (rx.RedisError, OSError, ValueError):  # the last: the field is not a number
         return False
     finally:
         client.close()

@@ -77,7 +77,9 @@ def make_plan(home: Home, settings: Settings, *, flower: bool = True) -> Plan:
     else:
         second.append(uploader)
     if flower:
-        second.append(flower_service(settings))
+        second.append(shown := flower_service(settings))
+        if not shown.address.endswith(f":{settings.flower_port}"):
+            notes.append(f"port {settings.flower_port} is taken, so Flower has another one")
     first = () if info is not None else ((redis_service(home, url),),)
     return Plan(url=url, adopted=info is not None, stages=(*first, tuple(second)), notes=tuple(notes))
 

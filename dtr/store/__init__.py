@@ -8,7 +8,7 @@ import re
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
-from dtr.errors import ConfigError
+from dtr.errors import ConfigError, InvalidInput
 from dtr.store.base import Store
 
 __all__ = ["Store", "open_store"]
@@ -47,8 +47,10 @@ def _wrong(what: str) -> ConfigError:
 
 
 def _masked(url: str) -> str:
-    """Without what may be a secret: all before the last ``@`` of the address, and the query."""
-    return re.sub(r"//.*@", "//***@", url.partition("?")[0])[:200]
+    """Without the query, and without the rest either if that may hold credentials."""
+    scheme, slashes, rest = re.fullmatch(r"([^:]*:)(/*)(.*)", url.partition("?")[0], re.DOTALL).groups()  # type: ignore[union-attr]
+    secret = "@" in rest or ":" in rest
+    return f"{scheme}{slashes}***" if secret else f"{scheme}{slashes}{rest}"[:200]
 
 
 def _folder(path: str, given: str) -> Store:
@@ -83,4 +85,7 @@ def _s3(url: str) -> Store:
         if name in options or not value:
             raise _wrong(f"got {name!r} " + ("twice" if name in options else "without a value"))
         options[name] = value
-    return S3Store(S3Location.parse(bucket=parts.netloc, prefix=unquote(parts.path).strip("/"), **options))
+    try:
+        return S3Store(S3Location.parse(bucket=parts.netloc, prefix=unquote(parts.path).strip("/"), **options))
+    except InvalidInput as exc:
+        raise _wrong(exc.message) from exc

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from dtr.checkpoint.lineage import split_name
 from dtr.errors import StateCorrupt
 from dtr.state.job import JobState
 from dtr.views.reading import Fields, reading, whole
@@ -109,10 +109,10 @@ def _read(state: JobState, index: str, *, with_parts: bool) -> IndexView:
 
 def split(name: str, key: str = "checkpoint") -> tuple[str, int]:
     """``RUN/STEP`` as (run, step); raises StateCorrupt that names ``key``."""
-    match = re.fullmatch(r"([^/]+)/(\d{1,16})", name)
-    if match is None:
+    found = split_name(name)
+    if found is None:
         raise StateCorrupt(f"{key}: expected RUN/STEP, got {name[:60]!r}")
-    return match[1], int(match[2])
+    return found
 
 
 def _load(state: JobState, names: Sequence[tuple[str, int]], *, with_parts: bool) -> IndexView:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from dtr import names
+from dtr.checkpoint.candidates import name_of
 from dtr.checkpoint.catalogue import Listed, catalogue, verify_parts
 from dtr.checkpoint.lineage import Lineage
 from dtr.checkpoint.manifest import Manifest
@@ -23,7 +24,7 @@ from dtr.views import checkpoints
 from dtr.views.checkpoints import CheckpointView, IndexView, PartView
 from dtr.views.reading import reading
 
-__all__ = ["Checked", "CheckpointRow", "CheckpointsView", "OneView", "Sources", "name_of", "read", "read_one", "targets", "verify"]
+__all__ = ["Checked", "CheckpointRow", "CheckpointsView", "OneView", "Sources", "read", "read_one", "targets", "verify"]
 
 _READERS: Final = 8
 
@@ -147,7 +148,7 @@ def read(sources: Sources, *, retired: bool = False) -> CheckpointsView:
             lineage = lineage_of(store, sources.url, holdings, sources.state)
             listed = _listed(store, lineage, replace(holdings, decided=holdings.decided - known))
             latest = latest or _latest(lineage, listed)
-    rows = [_indexed_row(ckpt, holdings) for ckpt in indexed]
+    rows = [_indexed_row(ckpt, holdings, sources.url) for ckpt in indexed]
     rows += [_listed_row(one, latest, index) for one in listed if retired or one.state != "RETIRED"]
     rows.sort(key=lambda row: (row.at_ms or 0, row.step, row.run), reverse=True)
     return CheckpointsView(job=sources.job, store=sources.url, latest=latest, note=sources.note, checkpoints=tuple(rows))
@@ -164,11 +165,11 @@ def read_one(sources: Sources, run: str, step: int) -> OneView:
     holdings = None if sources.store is None else survey(sources.store)
     manifest, damage = _manifest(sources.store, run, step)
     if indexed is not None:
-        row = _indexed_row(indexed, holdings)
+        row = _indexed_row(indexed, holdings, sources.url)
     elif sources.store is not None and holdings is not None and (manifest is not None or damage):
         lineage = lineage_of(sources.store, sources.url, holdings, sources.state)
         listed = catalogue(sources.store, lineage, replace(holdings, decided=frozenset({(run, step)})))
-        row = _listed_row(listed[0], _latest(lineage, listed), sources.index)
+        row = _listed_row(listed[0], read(sources).latest, sources.index)
     else:
         raise NoCheckpoint(f"job {sources.job} has no checkpoint {run}/{step}; `dtr ckpt ls` lists them", run=run, step=step)
     if damage:
@@ -222,14 +223,9 @@ def targets(sources: Sources, words: Sequence[str], *, everything: bool = False)
 
 def _parsed(words: Sequence[str]) -> tuple[str, int]:
     pieces = words[0].split("/") if len(words) == 1 else list(words)
-    if len(pieces) != 2 or not (pieces[1].isascii() and pieces[1].isdigit()):
+    if len(pieces) != 2 or pieces[0] == "latest" or not (pieces[1].isascii() and pieces[1].isdigit()):
         raise InvalidInput(f"expected RUN STEP, RUN/STEP or latest, got {' '.join(words)[:80]!r}", field="checkpoint")
     return names.name(pieces[0], "run"), names.step(int(pieces[1]))
-
-
-def name_of(run: str, step: int) -> str:
-    """``RUN/STEP``."""
-    return f"{run}/{step}"
 
 
 # --- how ------------------------------------------------------------------------------------------------------------
@@ -255,8 +251,9 @@ def _latest(lineage: Lineage, listed: Sequence[Listed]) -> str:
     return name_of(*commits[0]) if commits else ""
 
 
-def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None) -> CheckpointRow:
-    in_store = None if holdings is None else (ckpt.run, ckpt.step) in holdings.decided
+def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None, url: str) -> CheckpointRow:
+    asked = holdings is not None and ckpt.store in {"", url}  # a job may have moved: the other store was not asked
+    in_store = (ckpt.run, ckpt.step) in holdings.decided if asked and holdings is not None else None
     gone = ckpt.state in {"COMMITTED", "ABANDONED"} and in_store is False
     return CheckpointRow(
         run=ckpt.run,

@@ -79,7 +79,7 @@ def warnings(
 ) -> tuple[str, ...]:
     """What needs a person, one sentence each, with what to do about it."""
     found = [_of_worker(worker) for worker in people.workers]
-    found += [_of_uploader(uploader) for uploader in uploaders if not uploader.present]
+    found.append(_of_uploaders([uploader for uploader in uploaders if not uploader.present]))
     found += [_of_checkpoint(ckpt, last_run) for ckpt in checkpoints]
     return tuple(text for text in found if text)
 
@@ -100,10 +100,14 @@ def _of_worker(worker: WorkerView) -> str:
     return ""
 
 
-def _of_uploader(uploader: UploaderView) -> str:
-    waiting = f", {count_of(uploader.waiting_parts, 'staged part waits', 'staged parts wait')}" if uploader.waiting_parts else ""
-    members = count_of(uploader.members, "member")
-    return f"no uploader on {uploader.host} ({members}{waiting}): start `celery -A tasks worker` or `dtr up` there"
+def _of_uploaders(missing: Sequence[UploaderView]) -> str:
+    if not missing:
+        return ""
+    waiting = sum(uploader.waiting_parts for uploader in missing)
+    waits = f", {count_of(waiting, 'staged part waits', 'staged parts wait')}" if waiting else ""
+    members = count_of(sum(uploader.members for uploader in missing), "member")
+    hosts = some([uploader.host for uploader in missing])
+    return f"no uploader on {hosts} ({members}{waits}): start `celery -A tasks worker` or `dtr up` there"
 
 
 def _of_checkpoint(ckpt: CheckpointView, last_run: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dtr.store import Store, open_store, s3_requests
 from tests.contract.store_contract import LARGE_BYTES
+from tests.s3_faults import FaultyS3
 from tests.servers import SeaweedServer, seaweed_server
 
 
@@ -34,3 +37,45 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "file"
     path.write_bytes(os.urandom(LARGE_BYTES))
     return path
+
+
+@pytest.fixture(scope="session")
+def bucket(seaweed: SeaweedServer) -> Iterator[Store]:
+    """One store, and so one client, for the folders of all tests: a client takes 0.1 s to make."""
+    store = open_store(seaweed.url("jobs"))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def faulty(seaweed: SeaweedServer) -> Iterator[FaultyS3]:
+    """A proxy in front of the server that a test makes misbehave."""
+    with FaultyS3(seaweed) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses, so that a test of five attempts does not take half a minute."""
+    monkeypatch.setattr(s3_requests, "_LONGEST_PAUSE_S", 0.02)
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A folder in the bucket that no other test uses."""
+    return f"jobs/{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def direct(bucket: Store, prefix: str) -> Store:
+    """The same place as ``store``, past the proxy."""
+    return bucket.child(prefix.removeprefix("jobs/"))
+
+
+@pytest.fixture
+def store(seaweed: SeaweedServer, faulty: FaultyS3, prefix: str, impatient: None) -> Iterator[Store]:
+    """A store behind the proxy, which has already passed its probe."""
+    store = open_store(seaweed.url(prefix, endpoint=faulty.endpoint))
+    store.probe()
+    yield store
+    store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -9,8 +10,9 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ from tests.contract.store_contract import LARGE_BYTES, MANIFEST, StoreContract
 from tests.waiting import eventually
 
 
-def refuse(code: int):
+def refuse(code: int) -> Callable[..., None]:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -146,8 +148,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The fsyncs, links, renames and mkdirs, in order, with the name they concern."""
     seen: list[str] = []
 
-    def note(verb: str, real, name):
-        def call(*args, **kwargs):
+    def note(verb: str, real: Callable[..., Any], name: Callable[..., str]) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
             result = real(*args, **kwargs)
             seen.append(f"{verb} {name(*args)}")
             return result
@@ -228,7 +230,7 @@ def test_a_failed_fsync_of_the_folder_is_unknown(store: Store, monkeypatch: pyte
 def test_neither_link_nor_renameat2_is_refused(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without an atomic put-if-absent is refused by probe and by put, by name, and left as it was."""
     monkeypatch.setattr(os, "link", refuse(errno.EOPNOTSUPP))
-    monkeypatch.setattr(durable.ctypes, "CDLL", lambda *args, **kwargs: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
     for write in (store.probe, lambda: store.put("k", b"1", if_absent=True)):
         with pytest.raises(ConditionalPutUnsupported, match="renameat2"):
             write()
@@ -238,7 +240,7 @@ def test_neither_link_nor_renameat2_is_refused(store: Store, root: Path, monkeyp
 
 def test_a_link_that_replaces_is_found(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe does not believe link(2): it tries."""
-    monkeypatch.setattr(os, "link", lambda source, target: os.replace(source, target))
+    monkeypatch.setattr(os, "link", os.replace)
     with pytest.raises(ConditionalPutUnsupported):
         store.probe()
 
@@ -282,7 +284,11 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(tiny: Path, large: Path) -> None:
     """ENOSPC: the numbers are in the message, nothing is visible, nothing stays, and what fits is stored afterwards."""
     store = open_store(tiny / "store")
-    for write in (lambda: store.put("a/k", bytes(2 << 20), if_absent=True), lambda: store.put_file("a/k", large, LARGE_BYTES)):
+    writes: list[Callable[[], None]] = [
+        lambda: store.put("a/k", bytes(2 << 20), if_absent=True),
+        lambda: store.put_file("a/k", large, LARGE_BYTES),
+    ]
+    for write in writes:
         with pytest.raises(StoreUnavailable, match=r"bytes are free") as caught:
             write()
         assert caught.value.unknown is False

@@ -84,20 +84,20 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
-        return len(a) == len(b) and all(same(k, l) and same(v, w) for (k, v), (l, w) in zip(a.items(), b.items(), strict=True))
+        return len(a) == len(b) and all(same(k, m) and same(v, w) for (k, v), (m, w) in zip(a.items(), b.items(), strict=True))
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(v, w) for v, w in zip(a, b, strict=True))
     if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.dtype.str == b.dtype.str and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return (a.dtype, a.dtype.str, a.shape, a.tobytes()) == (b.dtype, b.dtype.str, b.shape, b.tobytes())
     if isinstance(a, np.str_ | np.bytes_):
-        return a == b and len(a) == len(b)
+        return list(a) == list(b)  # with NULs at the end, which numpy's own comparison skips
     if isinstance(a, np.longdouble):
-        return a == b and np.signbit(a) == np.signbit(b)  # six of its bytes mean nothing
+        return bool(a == b and np.signbit(a) == np.signbit(b))  # six of its bytes mean nothing
     if isinstance(a, np.generic):
-        return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+        return (a.dtype, a.tobytes()) == (b.dtype, b.tobytes())
     if isinstance(a, float):
         return struct.pack("<d", a) == struct.pack("<d", b)
-    return a == b
+    return bool(a == b)
 
 
 def through_a_file(state: Any, *, threads: int = 1, dirt: int = 0xAA) -> tuple[Any, bytearray]:

@@ -107,6 +107,12 @@ def test_a_host_without_uploader_is_warned_of_with_the_remedy():
     assert text == "no uploader on h1 (2 members, 1 staged part waits): start `celery -A tasks worker` or `dtr up` there"
 
 
+def test_many_hosts_without_uploader_are_one_warning():
+    """A thousand lines would hide the others: the first hosts are named, the rest counted."""
+    missing = tuple(UploaderView(host=f"h{i}", present=False, members=2, waiting_parts=0, fields={}) for i in range(9))
+    assert warned(worker(0), uploaders=missing).startswith("no uploader on h0, h1, h2, h3 and 5 more (18 members): start")
+
+
 def test_members_that_are_not_well_are_warned_of():
     """Stalled with its process, late with what is left, and beats that do not get their turn."""
     assert "see process 7" in warned(worker(1, "stalled", idle_s=90.0))

@@ -184,15 +184,15 @@ def is_a(kind: type[Event], run: str, worker: str) -> Callable[[Note], bool]:
 @pytest.mark.parametrize(
     ("notes", "what"),
     [
-        (changed(is_a(Saved, FIRST, "host-1"), digest="other"), "all ranks held the same weights"),
-        (changed(is_a(Restored, SECOND, "host-1"), digest="other"), "restored weights equal the saved ones bit for bit"),
-        (changed(is_a(Halted, FIRST, "host-3"), culprit="host-0"), "the others were told who was killed"),
-        ([note for note in rehearsal() if not is_a(Halted, FIRST, "host-3")(note)], "the others were told who was killed"),
-        (changed(is_a(Formed, SECOND, "host-0"), shards=(0, 1, 3, 6)), "only the shards that had to move did"),
-        (changed(is_a(Formed, THIRD, "host-0"), shards=(1, 2, 7)), "only the shards that had to move did"),
-        (changed(is_a(Formed, THIRD, "host-2"), shards=(0, 7)), "placement is even in every run"),
-        (changed(is_a(Formed, FIRST, "host-0"), shards=(0, 1, 2, 3, 4)), "placement is even in every run"),
-        ([note for note in rehearsal() if note.event != Finished(step=11)], "every step was done"),
+        (changed(is_a(Saved, FIRST, "host-1"), digest="other"), "same weights on all ranks"),
+        (changed(is_a(Restored, SECOND, "host-1"), digest="other"), "restored equals saved, bit for bit"),
+        (changed(is_a(Halted, FIRST, "host-3"), culprit="host-0"), "survivors learned who died"),
+        ([note for note in rehearsal() if not is_a(Halted, FIRST, "host-3")(note)], "survivors learned who died"),
+        (changed(is_a(Formed, SECOND, "host-0"), shards=(0, 1, 3, 6)), "fewest shards moved"),
+        (changed(is_a(Formed, THIRD, "host-0"), shards=(1, 2, 7)), "fewest shards moved"),
+        (changed(is_a(Formed, THIRD, "host-2"), shards=(0, 7)), "placement even"),
+        (changed(is_a(Formed, FIRST, "host-0"), shards=(0, 1, 2, 3, 4)), "placement even"),
+        ([note for note in rehearsal() if note.event != Finished(step=11)], "every step done"),
         ([note for note in rehearsal() if getattr(note.event, "run", "") != THIRD], "went on without it, then with its replacement"),
     ],
 )
@@ -204,16 +204,16 @@ def test_each_check_can_fail_by_what_trainers_note(notes, what):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"status": 1}, "every step was done"),
-        ({"steps": 13}, "every step was done"),
-        ({"last_digest": "other"}, "restored weights equal the saved ones bit for bit"),
-        ({"last_restored": None}, "restored weights equal the saved ones bit for bit"),
-        ({"last_restored": (SECOND, 7), "last_digest": digest(7)}, "the last step can be restored from outside"),
+        ({"status": 1}, "every step done"),
+        ({"steps": 13}, "every step done"),
+        ({"last_digest": "other"}, "restored equals saved, bit for bit"),
+        ({"last_restored": None}, "restored equals saved, bit for bit"),
+        ({"last_restored": (SECOND, 7), "last_digest": digest(7)}, "restores from outside the job"),
         ({"verified": {}}, "every checkpoint verifies"),
         ({"verified": {f"{FIRST}/3": "", f"{SECOND}/7": "", f"{THIRD}/11": "part 0 is damaged"}}, "every checkpoint verifies"),
         ({"verified": {f"{FIRST}/3": "", f"{THIRD}/11": ""}}, "every checkpoint verifies"),
-        ({"running": ["process 7"]}, "nothing is left running or in shared memory"),
-        ({"remains": ["gradients/x"]}, "nothing is left running or in shared memory"),
+        ({"running": ["process 7"]}, "nothing left running or in shared memory"),
+        ({"remains": ["gradients/x"]}, "nothing left running or in shared memory"),
     ],
 )
 def test_each_check_can_fail_by_what_is_found_at_the_end(changes, what):
@@ -244,7 +244,7 @@ def test_without_a_kill_nothing_about_it_is_checked():
     story = told(notes)
     story.kill = None
     checks = check_all(story, ending(kill=False, steps=6, last_restored=(FIRST, 3), last_digest=digest(3), verified={f"{FIRST}/3": ""}))
-    assert failed(checks) == ["the last step can be restored from outside"]
+    assert failed(checks) == ["restores from outside the job"]
     assert len(checks) == 8
 
 
@@ -268,7 +268,7 @@ def test_figures_are_those_of_the_notes():
     assert found.upload_mb_per_s == pytest.approx(100.0)
     assert found.step_ms == pytest.approx(100.0)
     assert json.loads(json.dumps(found.as_dict()))["recovery_s"] == pytest.approx(1.2)
-    assert ("noticed", "33 ms after SIGKILL by all survivors, by Redis after 12 ms") in found.rows()
+    assert ("detection", "33 ms from SIGKILL to the last survivor; Redis knew after 12 ms") in found.rows()
 
 
 def test_figures_of_a_demo_in_which_nothing_happened():
@@ -285,22 +285,22 @@ def test_each_line_is_told_once_and_in_order():
             set_kill(story)
         lines += [line.text for line in narrator.fresh(story)]
     assert lines == [
-        "run 0001-aaaa: 4 ranks; of 12 shards they hold 3 3 3 3",
+        "run 0001-aaaa: 4 ranks, which hold 3 3 3 3 of 12 shards",
         "nothing to restore: training begins with fresh weights",
-        "step 3 is saved: training stood still for 20 ms, durable after 0.50 s",
+        "step 3 is saved: training stalled 20 ms, durable after 0.50 s",
         "SIGKILL to trainer 2 (rank 2, process 102) after step 5",
         "noticed: Redis knew after 12 ms, the others within 33 ms",
         f"barrier 'mean' broke: {REASON}",
-        "run 0002-bbbb: 3 ranks; of 12 shards they hold 4 4 4",
-        "3 shards moved, from trainer 2 (3) to trainer 0 (1), trainer 1 (1), trainer 3 (1); no other did",
+        "run 0002-bbbb: 3 ranks, which hold 4 4 4 of 12 shards",
+        "only 3 shards moved: from trainer 2 to trainers 0 (1), 1 (1), 3 (1)",
         "all 3 restored step 3 of run 0001-aaaa in 0.10 s",
         "3 train again, 1.20 s after the kill",
-        "step 7 is saved: training stood still for 20 ms, durable after 0.50 s",
-        "trainer 2 is back: a barrier told all 3 in the same round, after step 8",
-        "run 0003-cccc: 4 ranks; of 12 shards they hold 3 3 3 3",
-        "3 shards moved, from trainer 0 (1), trainer 1 (1), trainer 3 (1) to trainer 2 (3); no other did",
+        "step 7 is saved: training stalled 20 ms, durable after 0.50 s",
+        "trainer 2 is back: a barrier told all 3 in one round, after step 8",
+        "run 0003-cccc: 4 ranks, which hold 3 3 3 3 of 12 shards",
+        "only 3 shards moved: from trainers 0 (1), 1 (1), 3 (1) to trainer 2",
         "all 4 restored step 7 of run 0002-bbbb in 0.10 s",
         "4 train again, 3.20 s after the kill",
-        "step 11 is saved: training stood still for 20 ms, durable after 0.50 s",
+        "step 11 is saved: training stalled 20 ms, durable after 0.50 s",
     ]
     assert narrator.fresh(story) == []

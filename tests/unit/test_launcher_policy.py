@@ -176,11 +176,23 @@ def test_the_status_after_a_stop_signal(number: int, outcomes: list[Outcome], st
 
 
 def test_one_that_was_replaced_is_not_started_again() -> None:
-    """Another process holds its name: two launchers would only take it from each other for ever."""
+    """Another process holds its name: two launchers would only take it from each other for ever. Its own outcome is the job's."""
     given = rules(max_restarts=5)
-    decision = policy.exited(begun(given), given, 0, FAILED, 0.0, replaced=True)
+    job, _ = policy.exited(begun(given), given, 0, FAILED, 0.0)
+    decision = policy.replaced(job, given, 0, 0.1)
     assert acts(decision) == [TERM]
     assert "another process has registered under its name" in says(decision)
+    assert policy.status(decision[0]) == 3
+    assert acts(policy.tick(decision[0], given, 10.0)) == []
+
+
+def test_that_one_was_replaced_changes_nothing_if_it_was_not_to_start_again() -> None:
+    """It ended well, or the job is being stopped, or it runs: nothing follows."""
+    given = rules(max_restarts=5)
+    done, _ = policy.exited(begun(given), given, 0, OK, 0.0)
+    stopping, _ = policy.signalled(begun(given), given, signal.SIGTERM, 0.0)
+    for job in (begun(given), done, stopping):
+        assert policy.replaced(job, given, 0, 1.0) == (job, [])
 
 
 def test_an_elastic_job_goes_on_without_the_lost_down_to_its_minimum() -> None:

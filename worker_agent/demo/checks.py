@@ -58,8 +58,8 @@ def check_all(story: Story, ending: Ending) -> list[Check]:
 def _finished(story: Story, ending: Ending) -> Check:
     done = len(story.losses)
     ok = ending.status == 0 and done == ending.steps and len(story.finished) == ending.workers
-    detail = f"{done} of {ending.steps} steps, {len(story.finished)} of {ending.workers} trainers to the end, exit status {ending.status}"
-    return Check(ok=ok, what="every step was done", detail=detail)
+    detail = f"{done} of {ending.steps}; {len(story.finished)} of {ending.workers} trainers finished, exit status {ending.status}"
+    return Check(ok=ok, what="every step done", detail=detail)
 
 
 def _loss_fell(story: Story, ending: Ending) -> Check:
@@ -68,13 +68,13 @@ def _loss_fell(story: Story, ending: Ending) -> Check:
     if len(losses) < 2:
         return Check(ok=False, what="loss fell", detail="there are fewer than two steps")
     first, last = fmean(losses[:tenth]), fmean(losses[-tenth:])
-    return Check(ok=last < first, what="loss fell", detail=f"from {first:.2f} to {last:.2f} nats a byte")
+    return Check(ok=last < first, what="loss fell", detail=f"{first:.2f} to {last:.2f} nats a byte")
 
 
 def _same_weights(story: Story, ending: Ending) -> Check:
     differing = [f"{run}/{step}" for (run, step), ranks in story.saves.items() if len({saved.digest for saved in ranks.values()}) > 1]
-    detail = f"they differ at {', '.join(differing)}" if differing else f"the same bits at each of {len(story.saves)} saves"
-    return Check(ok=bool(story.saves) and not differing, what="all ranks held the same weights", detail=detail)
+    detail = f"they differ at {', '.join(differing)}" if differing else f"identical bits at each of {len(story.saves)} saves"
+    return Check(ok=bool(story.saves) and not differing, what="same weights on all ranks", detail=detail)
 
 
 def _runs(story: Story, ending: Ending) -> Check:
@@ -82,22 +82,24 @@ def _runs(story: Story, ending: Ending) -> Check:
     sizes = [other.world_size for other in story.runs.values() if run is not None and other.id >= run.id]
     wanted = [ending.workers, ending.workers - 1, ending.workers]
     return Check(
-        ok=sizes == wanted, what="went on without it, then with its replacement", detail=f"ranks: {', '.join(map(str, sizes)) or 'none'}"
+        ok=sizes == wanted, what="went on without it, then with its replacement", detail=f"ranks {', '.join(map(str, sizes)) or 'none'}"
     )
 
 
 def _named(story: Story, ending: Ending) -> Check:
     run, kill = story.killed_run, story.kill
     if run is None or kill is None:
-        return Check(ok=False, what="the others were told who was killed", detail="nobody was killed")
+        return Check(ok=False, what="survivors learned who died", detail="nobody was killed")
     culprits = {worker: halted.culprit for worker, halted in run.halted.items()}
     right = [worker for worker, culprit in culprits.items() if culprit == kill.worker]
     ok = sorted(right) == story.survivors == sorted(culprits)
-    return Check(ok=ok, what="the others were told who was killed", detail=f"{len(right)} of {len(story.survivors)} named rank {kill.rank}")
+    return Check(
+        ok=ok, what="survivors learned who died", detail=f"{len(right)} of {len(story.survivors)} named rank {kill.rank}, {kill.worker}"
+    )
 
 
 def _moved_least(story: Story, ending: Ending) -> Check:
-    what = "only the shards that had to move did"
+    what = "fewest shards moved"
     before = story.killed_run
     without = story.run_after(before) if before is not None else None
     again = story.run_after(without) if without is not None else None
@@ -119,8 +121,8 @@ def _even(story: Story, ending: Ending) -> Check:
     everything = {frozenset().union(*run.shards.values()) for run in story.runs.values()}
     once = len(everything) == 1 and all(sum(counts) == len(all_shards) for counts in held for all_shards in everything)
     complete = all(run.complete for run in story.runs.values())
-    detail = f"the most and the fewest shards of a rank differ by {spread}" + ("" if once else ", and not every shard is held exactly once")
-    return Check(ok=once and complete and spread <= 1, what="placement is even in every run", detail=detail)
+    detail = f"shards of two ranks differ by at most {spread}" + ("" if once else ", and not every shard is held exactly once")
+    return Check(ok=once and complete and spread <= 1, what="placement even", detail=detail)
 
 
 def _restored_equal(story: Story, ending: Ending) -> Check:
@@ -134,7 +136,7 @@ def _restored_equal(story: Story, ending: Ending) -> Check:
         found.append((ending.last_restored, ending.last_digest))
     saved = {save: {note.digest for note in ranks.values()} for save, ranks in story.saves.items()}
     equal = sum(saved.get(save) == {digest} for save, digest in found)
-    what = "restored weights equal the saved ones bit for bit"
+    what = "restored equals saved, bit for bit"
     ok = ending.last_restored is not None and equal == len(found)
     return Check(ok=ok, what=what, detail=f"{equal} of {len(found)} restores, by SHA-256")
 
@@ -143,7 +145,7 @@ def _last_is_newest(story: Story, ending: Ending) -> Check:
     last = ending.last_restored
     ok = last is not None and last[1] == ending.steps - 1
     detail = f"step {last[1]} of run {last[0]}" if last is not None else f"nothing could be restored: {ending.last_problem}"
-    return Check(ok=ok, what="the last step can be restored from outside", detail=detail)
+    return Check(ok=ok, what="restores from outside the job", detail=detail)
 
 
 def _verifies(story: Story, ending: Ending) -> Check:
@@ -157,7 +159,7 @@ def _verifies(story: Story, ending: Ending) -> Check:
 def _nothing_left(story: Story, ending: Ending) -> Check:
     left = [*ending.running, *ending.remains]
     detail = ", ".join(left) if left else "no process, no file"
-    return Check(ok=not left, what="nothing is left running or in shared memory", detail=detail)
+    return Check(ok=not left, what="nothing left running or in shared memory", detail=detail)
 
 
 _Rule = Callable[[Story, Ending], Check]

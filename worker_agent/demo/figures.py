@@ -49,20 +49,20 @@ class Figures:
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and text of each line of the table."""
-        again = f", and {self.steps_redone} of them again" if self.steps_redone else ""
+        again = f"; {self.steps_redone} done again" if self.steps_redone else ""
         rows = [
-            ("steps", f"{self.steps}{again}, by {self.workers} trainers{_with(', {:.0f} ms each', self.step_ms)}"),
+            ("steps", f"{self.steps} by {self.workers} trainers{_with(', {:.0f} ms each', self.step_ms)}{again}"),
             ("loss", f"{_with('{:.2f}', self.loss_first)} to {_with('{:.2f}', self.loss_last)} nats a byte"),
             ("stall per save", _stall(self)),
             ("durable after", _with("{:.2f} s", self.durable_s) or "-"),
             ("upload", _with("{:.0f} MB/s", self.upload_mb_per_s) or "-"),
         ]
         if self.noticed_ms is not None:
-            redis = _with(", by Redis after {:.0f} ms", self.recorded_ms)
-            rows.append(("noticed", f"{self.noticed_ms:.0f} ms after SIGKILL by all survivors{redis}"))
+            redis = _with("; Redis knew after {:.0f} ms", self.recorded_ms)
+            rows.append(("detection", f"{self.noticed_ms:.0f} ms from SIGKILL to the last survivor{redis}"))
         if self.recovery_s is not None:
-            full = _with(", all {} " + "after {:.2f} s", self.full_again_s, self.workers)
-            rows.append(("recovery", f"{self.recovery_s:.2f} s from SIGKILL to the survivors' next step{full}"))
+            full = _with("; all {} trained after {:.2f} s", self.full_again_s, self.workers)
+            rows.append(("recovery", f"{self.recovery_s:.2f} s from SIGKILL to the next step{full}"))
         return [*rows, ("in all", f"{self.seconds:.0f} s")]
 
 
@@ -74,7 +74,7 @@ def _stall(found: Figures) -> str:
     if found.stall_ms is None:
         return "-"
     rate = _with(", {:.1f} GB/s", found.stall_gb_per_s)
-    worst = _with("; the longest of {} took {:.0f} ms", found.stall_worst_ms, found.saves)
+    worst = _with("; longest of {}: {:.0f} ms", found.stall_worst_ms, found.saves)
     return f"{found.stall_ms:.0f} ms for {found.state_bytes / 1e6:.0f} MB{rate}{worst}"
 
 

@@ -20,7 +20,11 @@ class Line:
 
 def trainer(worker: str) -> str:
     """How people call a worker of the launcher, whose ids end in a number that stays the same while ranks change."""
-    return f"trainer {worker.rpartition('-')[2]}"
+    return f"trainer {_number(worker)}"
+
+
+def _number(worker: str) -> str:
+    return worker.rpartition("-")[2]
 
 
 class Narrator:
@@ -70,18 +74,21 @@ class Narrator:
 def _formed(run: RunStory) -> str:
     held = " ".join(str(len(run.shards[worker])) for worker in sorted(run.formed, key=lambda worker: run.formed[worker].rank))
     total = sum(len(shards) for shards in run.shards.values())
-    return f"run {run.id}: {run.world_size} ranks; of {total} shards they hold {held}"
+    return f"run {run.id}: {run.world_size} ranks, which hold {held} of {total} shards"
 
 
 def _moved(before: RunStory, run: RunStory) -> str:
     found = moves(before, run)
     if not found.total:
         return "no shard moved"
-    return f"{found.total} shards moved, from {_counts(found.taken)} to {_counts(found.given)}; no other did"
+    return f"only {found.total} shards moved: from {_counts(found.taken)} to {_counts(found.given)}"
 
 
 def _counts(by_worker: Mapping[str, int]) -> str:
-    return ", ".join(f"{trainer(worker)} ({number})" for worker, number in sorted(by_worker.items()))
+    """``trainer 2`` or ``trainers 0 (29), 1 (28), 3 (29)``."""
+    if len(by_worker) == 1:
+        return trainer(*by_worker)
+    return "trainers " + ", ".join(f"{_number(worker)} ({count})" for worker, count in sorted(by_worker.items()))
 
 
 def _restored(run: RunStory) -> str:
@@ -96,7 +103,7 @@ def _saved(story: Story, run: RunStory) -> Iterator[tuple[str, Line]]:
     for (name, step), commit in story.commits.items():
         if name == run.id and (name, step) in story.saves:
             stall_ms = max(saved.stall_s for saved in story.saves[name, step].values()) * 1000
-            text = f"step {step} is saved: training stood still for {stall_ms:.0f} ms, durable after {commit.seconds:.2f} s"
+            text = f"step {step} is saved: training stalled {stall_ms:.0f} ms, durable after {commit.seconds:.2f} s"
             yield f"saved {name} {step}", Line(text)
 
 
@@ -124,4 +131,4 @@ def _halted(story: Story, run: RunStory) -> str:
         return f"run {run.id} ended: {told.reason}"
     newcomers = sorted(trainer(worker) for worker, phase in story.phases.items() if worker not in run.formed) or ["a newcomer"]
     last = max(halted.step for halted in run.halted.values())
-    return f"{', '.join(newcomers)} is back: a barrier told all {run.world_size} in the same round, after step {last}"
+    return f"{', '.join(newcomers)} is back: a barrier told all {run.world_size} in one round, after step {last}"

@@ -1,8 +1,8 @@
 """Which registrations the launcher looks after, seat by seat: from a trainer's first line until it leaves or ends.
 
-One process may register for several jobs, and anew after Redis lost its state: the newest registration of a member counts. A
-connection that ends without a word ends the beats, and nothing else: the registration stays on record until its process has ended,
-so that Redis is told how.
+One process may register for several jobs, and anew after Redis lost its state: the newest registration of a member counts. When a
+trainer leaves, or its connection ends without a word, the beats end, and nothing else: the registration stays on record until the
+process has ended, so that Redis is told how, and asked whether another process has taken the name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Final
 
 from worker_agent.launcher.desk import Visitor
 from worker_agent.launcher.inbox import Inbox
+from worker_agent.launcher.outcome import Outcome
 from worker_agent.launcher.stall import StallRule, Watch
 from worker_agent.launcher.ward import Departures, Ward
 from worker_agent.registration import Registration, news_line
@@ -46,7 +47,7 @@ class Care:
         pid_of: Callable[[int], int | None],
         on_stall: Callable[[int, Watch], None],
     ) -> None:
-        self.departures = Departures()
+        self._departures = Departures()
         self._selector, self._inbox, self._rule = selector, inbox, rule
         self._pid_of, self._on_stall = pid_of, on_stall
         self._wards: dict[int, dict[tuple[str, str, str], Ward]] = {}  # by seat and member
@@ -57,11 +58,13 @@ class Care:
 
     def registered(self, visitor: Visitor, registration: Registration) -> None:
         """Beat for this member from now on."""
-        self.left(visitor)
         seat = visitor.seat
-        older = self._wards.setdefault(seat, {}).pop(registration.member, None)
+        older = self._of.pop(visitor, None)
         if older is not None:
-            self._forget(older)
+            self._drop(seat, older)
+        same = self._wards.setdefault(seat, {}).get(registration.member)
+        if same is not None:
+            self._drop(seat, same)
         ward = Ward(
             registration,
             pid=visitor.pid,
@@ -75,11 +78,11 @@ class Care:
         ward.start()
 
     def left(self, visitor: Visitor) -> None:
-        """The trainer has told Redis itself, or is about to register anew."""
+        """The trainer has told Redis itself, unless it was replaced."""
         ward = self._of.pop(visitor, None)
         if ward is not None:
-            self._wards[visitor.seat].pop(ward.registration.member, None)
-            self._forget(ward)
+            ward.left = True
+            ward.release()
 
     def gone(self, visitor: Visitor) -> None:
         """The connection ended without a word."""
@@ -93,15 +96,25 @@ class Care:
         """The last step that the trainer in this seat reported; -1 if none."""
         return max((ward.progress().step for ward in self._wards.get(seat, {}).values()), default=-1)
 
-    def ended(self, seat: int, reason: str, on_told: Callable[[bool], None]) -> int:
-        """The process in this seat has ended: tell Redis of each of its registrations, and return how many there are.
+    def ended(self, seat: int, outcome: Outcome, on_told: Callable[[bool], None]) -> bool:
+        """The process in this seat has ended: tell Redis of each of its registrations; whether there was one to tell.
 
-        ``on_told`` is called for each, in the loop's thread, with whether another process holds the worker_id by now.
+        ``on_told`` is called in the loop's thread when all are told, with whether another process holds one of their names by now.
         """
-        wards = list(self._wards.pop(seat, {}).values())
-        for ward in wards:
-            self._depart(ward, reason, on_told)
-        return len(wards)
+        registered = list(self._wards.pop(seat, {}).values())
+        wards = [ward for ward in registered if not (ward.left and outcome.ok)]
+        answers: list[bool] = []
+
+        def told(replaced: bool) -> None:
+            answers.append(replaced)
+            if len(answers) == len(wards):
+                on_told(any(answers))
+
+        for ward in registered:
+            if ward in wards:
+                self._tell(ward, outcome.reason, told)
+            self._forget(ward)
+        return bool(wards)
 
     def close(self, within_s: float) -> None:
         """Wait for the departures that are still to be told, then give them up."""
@@ -109,14 +122,18 @@ class Care:
             for ward in wards.values():
                 self._forget(ward)
         self._wards.clear()
-        for worker in self.departures.settle(within_s):
+        for worker in self._departures.settle(within_s):
             log.warning("Redis could not be told that %s is gone; it finds out when the ttl has passed", worker)
 
     # --- how --------------------------------------------------------------------------------------------------------
 
-    def _depart(self, ward: Ward, reason: str, on_told: Callable[[bool], None]) -> None:
-        self.departures.tell(ward.registration, reason, lambda replaced: self._inbox.post(partial(on_told, replaced)))
-        self._forget(ward)
+    def _tell(self, ward: Ward, reason: str, on_told: Callable[[bool], None]) -> None:
+        self._departures.tell(ward.registration, reason, lambda replaced: self._inbox.post(partial(on_told, replaced)))
+
+    def _drop(self, seat: int, ward: Ward) -> None:
+        if self._is_current(seat, ward):
+            del self._wards[seat][ward.registration.member]
+            self._forget(ward)
 
     def _forget(self, ward: Ward) -> None:
         ward.release()
@@ -135,8 +152,9 @@ class Care:
         self._selector.register(pidfd, selectors.EVENT_READ, partial(self._stranger_ended, seat, ward))
 
     def _stranger_ended(self, seat: int, ward: Ward) -> None:
-        if self._wards.get(seat, {}).pop(ward.registration.member, None) is not None:
-            self._depart(ward, _ENDED_ELSEWHERE, lambda replaced: None)
+        if not ward.left:
+            self._tell(ward, _ENDED_ELSEWHERE, lambda replaced: None)
+        self._drop(seat, ward)
 
     def _is_current(self, seat: int, ward: Ward) -> bool:
         return self._wards.get(seat, {}).get(ward.registration.member) is ward

@@ -33,31 +33,9 @@ __all__ = ["run_trainers"]
 log = logging.getLogger(__name__)
 
 _LOOK_AT_GROUPS_S: Final = 0.05
-_VERDICT_WITHIN_S: Final = 1.0
+_REDIS_WITHIN_S: Final = 300.0  # for so long a seat waits for Redis to hear of its last trainer: without it, the next could not join
 _TELL_WITHIN_S: Final = 5.0
 _PRINT_WITHIN_S: Final = 10.0
-
-
-class _Ended:
-    """A trainer that has ended, until it is decided what follows: when Redis was told of all its registrations (``untold`` is 0).
-
-    Then it is known whether another process took its name. If Redis does not answer until ``deadline``, nobody is taken to have.
-    """
-
-    __slots__ = ("deadline", "outcome", "replaced", "untold")
-
-    def __init__(self, outcome: Outcome) -> None:
-        self.outcome = outcome
-        self.untold = 0
-        self.replaced = False
-        self.deadline = time.monotonic() + _VERDICT_WITHIN_S
-
-    def told(self, replaced: bool) -> None:
-        self.untold -= 1
-        self.replaced |= replaced
-
-    def decidable(self, now: float) -> bool:
-        return self.untold == 0 or now >= self.deadline
 
 
 def run_trainers(launch: Launch, seats: Sequence[Seat], *, settings: Settings, job: str | None, environ: Mapping[str, str]) -> int:
@@ -97,7 +75,7 @@ class _Loop:
         inbox: Inbox,
     ) -> None:
         self._launch, self._seats, self._environment = launch, seats, environment
-        self._output, self._selector = output, selector
+        self._output, self._selector, self._inbox = output, selector, inbox
         self._rules = Rules(
             labels=tuple(seat.label for seat in seats),
             max_restarts=launch.max_restarts,
@@ -106,8 +84,8 @@ class _Loop:
         )
         self._job, self._first = policy.begin(self._rules)
         self._children: dict[int, Child] = {}  # by seat; from the start until all of its group has ended
-        self._ended: dict[int, _Ended] = {}  # by seat; from its end until it is decided what follows
         self._clearing: set[int] = set()  # seats whose process has ended, and whose group perhaps not
+        self._untold: dict[int, float] = {}  # seats whose end Redis has not heard of, and until when they wait for that
         self._care = Care(selector, inbox, rule=StallRule(timeout_s=launch.stall_timeout_s), pid_of=self._pid_of, on_stall=self._on_stall)
         self._desk = Desk(selector, seats, self._care)
 
@@ -116,7 +94,7 @@ class _Loop:
         try:
             self._desk.open()
             self._do(self._first)
-            while not policy.over(self._job) or self._children or self._ended:
+            while not policy.over(self._job) or self._children:
                 for key, _ in self._selector.select(self._pause_s()):
                     key.data()
                 self._tend()
@@ -129,22 +107,25 @@ class _Loop:
     def _pause_s(self) -> float | None:
         """Until something has to be looked at without an event."""
         now = time.monotonic()
-        due = [ended.deadline if ended.untold else now for ended in self._ended.values()]
+        due = list(self._untold.values())
         if self._clearing:
             due.append(now + _LOOK_AT_GROUPS_S)
-        if (restart_at := policy.due_at(self._job, occupied=self._clearing)) is not None:
-            due.append(restart_at)
+        if (decide_at := policy.due_at(self._job, occupied=self._occupied())) is not None:
+            due.append(decide_at)
         return max(0.0, min(due) - now) if due else None
+
+    def _occupied(self) -> set[int]:
+        """The seats in which no trainer can start now."""
+        return self._clearing | self._untold.keys()
 
     def _tend(self) -> None:
         now = time.monotonic()
-        for seat in [seat for seat, ended in self._ended.items() if ended.decidable(now)]:
-            ended = self._ended.pop(seat)
-            self._decided(policy.exited(self._job, self._rules, seat, ended.outcome, now, replaced=ended.replaced))
         for seat in [seat for seat in self._clearing if self._children[seat].clear(now)]:
             self._clearing.remove(seat)
             del self._children[seat]
-        self._decided(policy.tick(self._job, self._rules, now, occupied=self._clearing))
+        for seat in [seat for seat, until in self._untold.items() if now >= until]:
+            del self._untold[seat]
+        self._decided(policy.tick(self._job, self._rules, now, occupied=self._occupied()))
 
     def _decided(self, decision: policy.Decision) -> None:
         self._job, actions = decision
@@ -173,8 +154,8 @@ class _Loop:
                 env = self._environment(place, restarts=restarts)
                 child = Child(self._launch.command, env, stdin=stdin, stdout=stdout, stderr=stderr)
         except OSError as exc:
-            status = 127 if isinstance(exc, FileNotFoundError) else 126
-            self._ended[seat] = _Ended(Outcome(code=status, note=f"it cannot be started: {exc.strerror}"))
+            outcome = Outcome(code=127 if isinstance(exc, FileNotFoundError) else 126, note=f"it cannot be started: {exc.strerror}")
+            self._inbox.post(partial(self._ended, seat, outcome))
             return
         self._children[seat] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, partial(self._on_exit, seat, child))
@@ -185,8 +166,19 @@ class _Loop:
             return
         self._selector.unregister(child.pidfd)
         self._clearing.add(seat)
-        ended = self._ended[seat] = _Ended(replace(outcome, step=self._care.last_step(seat)))
-        ended.untold = self._care.ended(seat, outcome.reason, ended.told)
+        outcome = replace(outcome, step=self._care.last_step(seat))
+        if self._care.ended(seat, outcome, partial(self._told, seat)):
+            self._untold[seat] = time.monotonic() + _REDIS_WITHIN_S
+        self._ended(seat, outcome)
+
+    def _ended(self, seat: int, outcome: Outcome) -> None:
+        self._decided(policy.exited(self._job, self._rules, seat, outcome, time.monotonic()))
+
+    def _told(self, seat: int, replaced: bool) -> None:
+        """Redis knows that the last trainer of this seat is gone."""
+        self._untold.pop(seat, None)
+        if replaced:
+            self._decided(policy.replaced(self._job, self._rules, seat, time.monotonic()))
 
     def on_signals(self, numbers: Sequence[int]) -> None:
         """Signals have come to the launcher."""

@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from worker_agent.launcher.outcome import Outcome, signal_name
 
-__all__ = ["Action", "Job", "Rules", "Say", "Send", "Start", "begin", "due_at", "exited", "over", "signalled", "status", "tick"]
+__all__ = ["Action", "Job", "Rules", "Say", "Send", "Start", "begin", "due_at", "exited", "over", "replaced", "signalled", "status", "tick"]
 
 STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 FIRST_PAUSE_S: Final = 0.2
@@ -38,11 +38,12 @@ class Rules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeatState:
-    """One seat: ``restarts`` of it so far, and when it starts again, if it is waiting."""
+    """One seat: ``restarts`` of it so far; while it waits, when it starts again and how its last trainer ended."""
 
     phase: Literal["running", "waiting", "done", "lost"] = "running"
     restarts: int = 0
     start_at: float = 0.0
+    last: Outcome | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,33 +98,31 @@ def begin(rules: Rules) -> Decision:
     return Job(seats=seats), [Start(seat, 0) for seat in range(len(seats))]
 
 
-def exited(job: Job, rules: Rules, seat: int, outcome: Outcome, now: float, *, replaced: bool = False) -> Decision:
-    """The process in ``seat`` ended.
-
-    Args:
-        job: where the launch stands.
-        rules: what holds for it.
-        seat: whose process.
-        outcome: how it ended.
-        now: monotonic seconds.
-        replaced: another process has registered under its worker_id: starting it again would only fight that one.
-    """
+def exited(job: Job, rules: Rules, seat: int, outcome: Outcome, now: float) -> Decision:
+    """The process in ``seat`` ended, at ``now`` (monotonic seconds)."""
     if outcome.ok or job.ending is not None:
         failure = job.failure or (None if outcome.ok else outcome)
         return replace(_with(job, seat, phase="done"), failure=failure), []
     who = f"{rules.labels[seat]} {outcome}"
-    if replaced:
-        return _fail(job, rules, seat, outcome, now, f"{who}: another process has registered under its name, so it is not started again")
     if job.restarts < rules.max_restarts:
         count = job.restarts + 1
         again = job.seats[seat].restarts + 1
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(again - 1, 10))
-        waiting = replace(_with(job, seat, phase="waiting", restarts=again, start_at=now + pause_s), restarts=count)
+        waiting = replace(_with(job, seat, phase="waiting", restarts=again, start_at=now + pause_s, last=outcome), restarts=count)
         return waiting, [Say(f"{who}; it starts again (restart {count} of {rules.max_restarts})")]
     used = f"all {rules.max_restarts} restarts are used" if rules.max_restarts else "--max-restarts is 0"
     if _can_lose(job, rules, seat):
         return _with(job, seat, phase="lost"), [Say(f"{who}; {used}, and --min lets the others go on without it")]
     return _fail(job, rules, seat, outcome, now, f"{who}; {used}")
+
+
+def replaced(job: Job, rules: Rules, seat: int, now: float) -> Decision:
+    """Another process holds the worker_id of the trainer that ended in ``seat``: starting it again would only fight that one."""
+    last = job.seats[seat].last
+    if job.seats[seat].phase != "waiting" or last is None:
+        return job, []
+    text = f"{rules.labels[seat]} is not started again: another process has registered under its name"
+    return _fail(job, rules, seat, last, now, text)
 
 
 def signalled(job: Job, rules: Rules, number: int, now: float) -> Decision:

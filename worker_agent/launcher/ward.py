@@ -52,6 +52,7 @@ class Ward:
         on_stall: Callable[[Watch], None],
     ) -> None:
         self.registration = registration
+        self.left = False  # it said so itself
         self._pid, self._rule, self._on_stall = pid, rule, on_stall
         self._watch: Watch | None = None
         self._progress = Progress(step=-1, phase="starting", at=time.monotonic())
