@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dtr.checkpoint.handle import Commit, SaveHandle
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.rebuild import rebuild
 from dtr.config import Settings
@@ -66,6 +67,18 @@ class Job:
             thread.join(timeout_s)
             assert not thread.is_alive(), "a rank is stuck"
         return results
+
+    def save(self, state: Callable[[Rank], Any], step: int, *, replicated: bool = False) -> list[SaveHandle]:
+        """Every rank saves ``state(rank)``."""
+        return self.each(lambda rank: rank.manager.save_async(state(rank), step, replicated=replicated))
+
+    def commit(self, state: Callable[[Rank], Any], step: int, *, replicated: bool = False) -> list[Commit]:
+        """Every rank saves, and waits until that is durable."""
+        return [handle.durable.result(30) for handle in self.save(state, step, replicated=replicated)]
+
+    def restore(self, step: int | None = None, *, fresh: bool = False) -> list[Any]:
+        """Every rank restores."""
+        return self.each(lambda rank: rank.manager.restore(step, fresh=fresh))
 
     def close(self) -> None:
         for rank in self.ranks:

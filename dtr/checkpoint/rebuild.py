@@ -60,7 +60,7 @@ def rebuild(state: JobState, store_url: str, *, state_id: str | None = None) -> 
 
 def rebuild_missing(state: JobState, store: Store, url: str) -> bool:
     """:func:`rebuild`, if the job's store holds runs that Redis does not know; whether it did."""
-    runs = survey(store).runs
+    runs = survey(store).every_run
     if known_runs(state, runs) >= runs:
         return False
     log.warning("Redis does not know every run of job %s in %s: rebuilding its index from there", state.job, url)
@@ -105,7 +105,7 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     for name in sorted(after, key=lambda c: (c[1], c[0])):
         _index_checkpoint(state, state_id, manifests[name], url)
     log.info("job %s: %d runs and %d checkpoints of %s are indexed", state.job, len(found), len(after), url)
-    return max((run_number(run) for run in holdings.runs | {run for run, _ in holdings.decided}), default=0)
+    return max((run_number(run) for run in holdings.every_run), default=0)
 
 
 def _state_id(state: JobState) -> str:

@@ -21,6 +21,7 @@ from dtr.checkpoint.slots import OWNER_LOCK, Found, finish, scan, scan_job
 from dtr.checkpoint.upload import register_slot
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import CheckpointError, InvalidInput, Recovering, RunUnknown, StateCorrupt, StateLost
+from dtr.membership import why_departed
 from dtr.names import job_name
 from dtr.runs import Member, read_run
 from dtr.state.client import connect, translate
@@ -291,12 +292,10 @@ class Reconciler:
             pipeline = state.redis.pipeline(transaction=True)
             pipeline.hget(state.keys.meta, "run")
             pipeline.hget(state.keys.fences, worker)
-            pipeline.hget(state.keys.departed, worker)
-            current, incarnation, departed = pipeline.execute()
+            current, incarnation = pipeline.execute()
         if incarnation != member.incarnation:
-            held, _, rest = (departed or "").partition(" ")
-            why = f" ({rest.split(' ', 2)[2]})" if held == member.incarnation and rest.count(" ") >= 2 else ""
-            return f"{worker} departed{why} before its part was complete"
+            why = why_departed(state, worker)
+            return f"{worker} departed{f' ({why})' if why else ''} before its part was complete"
         return "" if current == run else f"the run ended before {worker} had staged its part"
 
     def _overtaken(self, state: JobState, run: str) -> bool:

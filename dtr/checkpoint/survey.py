@@ -54,6 +54,11 @@ class Holdings:
     runs: frozenset[str]
     decided: frozenset[Checkpoint]
 
+    @property
+    def every_run(self) -> frozenset[str]:
+        """Runs that left anything: a record may be lost."""
+        return self.runs | {run for run, _ in self.decided}
+
 
 def survey(store: Store) -> Holdings:
     """List the job's store."""
@@ -89,7 +94,7 @@ def records(store: Store, holdings: Holdings) -> dict[str, RunRecord]:
     So a run is known as long as anything of it can be restored.
     """
     found: dict[str, RunRecord] = {}
-    for run in sorted(holdings.runs | {run for run, _ in holdings.decided}):
+    for run in sorted(holdings.every_run):
         try:
             found[run] = read_record(store, run)
         except (IntegrityError, NotFound) as exc:
@@ -182,9 +187,9 @@ def lineage_of(store: Store, store_url: str, holdings: Holdings, state: JobState
     if state is not None:
         try:
             lineage, where = lineage_in_index(state)
-            if where == store_url and known_runs(state, holdings.runs) >= holdings.runs:
+            if where == store_url and known_runs(state, holdings.every_run) >= holdings.every_run:
                 return lineage
-            if holdings.runs:
+            if holdings.every_run:
                 log.info("Redis does not index %s in full: going by the store's own records", store_url)
         except CoordinatorUnavailable as exc:
             log.warning("going by the store's own records, because %s", exc)

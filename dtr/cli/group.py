@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +107,7 @@ def cli(ctx: click.Context, url: str | None, job: str | None) -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command of ``argv`` (default: this process's arguments) and return the exit code; errors are reported."""
+    _open_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     invocation = Invocation()
     try:
@@ -115,3 +118,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     except BaseException as exc:
         return report(exc, args, invocation)
     return code if isinstance(code, int) else 0
+
+
+def _open_streams() -> None:
+    """Streams that take everything: one that the caller closed (``>&-``) swallows it, and one for ASCII shows ``?`` for other letters."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -84,34 +84,35 @@ def start(argv: Sequence[str], *, log: Path, cwd: Path, env: Mapping[str, str] |
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd, env=env, start_new_session=True)
 
 
-def stop(
-    processes: Sequence[ProcessId], *, grace_s: float, hurried: Callable[[], bool] = lambda: False, clock: Clock = SYSTEM
-) -> list[ProcessId]:
-    """End these processes and what they started: SIGTERM to each, then, after ``grace_s``, SIGKILL to their sessions.
+def stop(graces_s: Mapping[ProcessId, float], *, hurried: Callable[[], bool] = lambda: False, clock: Clock = SYSTEM) -> list[ProcessId]:
+    """End these processes and what they started: SIGTERM to each, then, when its grace is over, SIGKILL to its session.
 
     Only the first process of a session gets the SIGTERM: Celery's children die of one, and their parent lets them finish.
 
     Args:
-        processes: first processes of their sessions, as ``start`` makes them.
-        grace_s: seconds until SIGKILL.
-        hurried: asked while waiting; true ends the grace at once.
+        graces_s: first processes of their sessions, as ``start`` makes them, each with the seconds until SIGKILL.
+        hurried: asked while waiting; true ends every grace at once.
         clock: the time.
 
     Returns:
         Those that had to be killed.
     """
-    for process in processes:
+    for process in graces_s:
         send(process, signal.SIGTERM)
         send(process, signal.SIGCONT)  # a stopped process would not see SIGTERM
-    deadline = clock.monotonic() + grace_s
-    while any(map(alive, processes)) and clock.monotonic() < deadline and not hurried():
-        clock.sleep(_POLL_S)
-    killed = [process for process in processes if alive(process)]
-    for process in processes:
-        _end_session(process)
-    deadline = clock.monotonic() + _KILL_S
-    while any(map(alive, processes)) and clock.monotonic() < deadline:
-        clock.sleep(_POLL_S)
+    began = clock.monotonic()
+    killed: list[ProcessId] = []
+    waiting = list(graces_s)
+    while waiting:
+        for process in waiting:
+            over = clock.monotonic() - began >= graces_s[process] or hurried()
+            if alive(process) and over and process not in killed:
+                killed.append(process)
+            if over or not alive(process):
+                _end_session(process)
+        waiting = [process for process in waiting if alive(process) and clock.monotonic() - began < graces_s[process] + _KILL_S]
+        if waiting:
+            clock.sleep(_POLL_S)
     return killed
 
 

@@ -58,7 +58,7 @@ def sweep(home: Home) -> list[str]:
         return []
     running = [service for service in record.services if processes.alive(service.process)]
     for service in reversed(running):
-        processes.stop([service.process], grace_s=_SWEEP_GRACE_S)
+        processes.stop({service.process: _SWEEP_GRACE_S})
     home.forget()
     home.keep(wanted=False)
     return [service.name for service in running]
@@ -193,7 +193,7 @@ class Supervisor:
         kept.start_at = now + delay_s
         kept.child = None
         if kept.process is not None:
-            processes.stop([kept.process], grace_s=0)  # what is left of its session
+            processes.stop({kept.process: 0.0})  # what is left of its session
         logger.warning("%s ended by itself with status %s; it starts again in %g s", kept.service.name, status, delay_s)
 
     @staticmethod
@@ -215,12 +215,12 @@ class Supervisor:
         self._home.forget()
 
     def _stop(self, running: list[_Kept]) -> None:
-        found = [kept.process for kept in running if kept.process is not None]
-        grace_s = max((kept.service.grace_s for kept in running), default=0.0)
+        found = {kept.process: kept.service for kept in running if kept.process is not None}
+        graces_s = {process: service.grace_s for process, service in found.items()}
         before = self._stop_requests
         # A second Ctrl-C or SIGTERM is meant seriously.
-        for process in processes.stop(found, grace_s=grace_s, hurried=lambda: self._stop_requests > max(before, 1)):
-            logger.warning("process %d did not end within %g s of SIGTERM and was killed", process.pid, grace_s)
+        for process in processes.stop(graces_s, hurried=lambda: self._stop_requests > max(before, 1)):
+            logger.info("%s did not end within %g s of SIGTERM and was killed", found[process].name, graces_s[process])
 
     def _write(self) -> None:
         if self._own is None:

@@ -144,4 +144,4 @@ def translated(exc: Exception, url: str) -> Exception:
 
 
 def _first_line(exc: BaseException) -> Any:
-    return (str(exc) or type(exc).__name__).splitlines()[0]
+    return (str(exc) or type(exc).__name__).splitlines()[0].rstrip(".")

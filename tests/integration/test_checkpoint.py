@@ -17,6 +17,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from dtr import counters
+from dtr.checkpoint.handle import SaveHandle
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.slots import scan
 from dtr.config import Settings
@@ -62,7 +63,7 @@ def manager(settings: Settings, store: Path) -> Iterator[CheckpointManager]:
         yield made
 
 
-def state_of(step: int) -> dict[str, Any]:
+def state_of(step: int) -> dict[Any, Any]:
     """A state that has something of everything, other for each step."""
     return {
         "model": {"w": np.arange(64.0) + step, "half": np.float16(step), "none": None},
@@ -144,7 +145,7 @@ class TestSaving:
             manager.save_async(b"0", 0).durable.result(WITHIN_S)
             own_valkey.pause()
             done = threading.Event()
-            handles = []
+            handles: list[SaveHandle] = []
 
             def save() -> None:
                 handles.extend(manager.save_async(b"%d" % step, step) for step in (1, 2, 3))
@@ -218,7 +219,7 @@ class TestNoRoom:
         with running(settings, store, 2, slot_policy="fail") as job:
             first, second = job.ranks
             for step in (0, 1):
-                job.each(lambda r, step=step: r.manager.save_async(b"x", step))
+                job.save(lambda _: b"x", step)
             with pytest.raises(NoFreeSlot):
                 first.manager.save_async(b"x", 2)
             with uploading(settings):
@@ -248,20 +249,17 @@ class TestRanks:
     def test_each_rank_gets_its_own_part(self, settings: Settings, store: Path, uploads: Uploads) -> None:
         """A sharded checkpoint commits when every rank saved, and each restores what it saved."""
         with running(settings, store, 3) as job:
-            handles = job.each(lambda r: r.manager.save_async({"rank": r.rank}, 4))
-            assert {handle.durable.result(WITHIN_S).run for handle in handles} == {job.ranks[0].session.run.id}
+            assert {commit.run for commit in job.commit(lambda r: {"rank": r.rank}, 4)} == {job.ranks[0].session.run.id}
         with running(settings, store, 3) as job:
-            found = job.each(lambda r: r.manager.restore())
+            found = job.restore()
             assert [f.state["rank"] for f in found] == [0, 1, 2]
             assert {f.step for f in found} == {4}
 
     def test_a_sharded_checkpoint_needs_its_world_size(self, settings: Settings, store: Path, uploads: Uploads) -> None:
         """Another number of ranks is told what would fit, rather than being given an older checkpoint."""
         with running(settings, store, 2) as job:
-            for handle in job.each(lambda r: r.manager.save_async(b"old", 1, replicated=True)):
-                handle.durable.result(WITHIN_S)
-            for handle in job.each(lambda r: r.manager.save_async(b"new", 2)):
-                handle.durable.result(WITHIN_S)
+            job.commit(lambda _: b"old", 1, replicated=True)
+            job.commit(lambda _: b"new", 2)
         with CheckpointManager(store, settings=settings) as reader, pytest.raises(WorldSizeMismatch):
             reader.restore()
         with CheckpointManager(store, settings=settings, rank=1, world_size=2) as reader:
@@ -269,17 +267,17 @@ class TestRanks:
             assert found is not None
             assert found.state == b"new"
         with running(settings, store, 3) as job:
-            errors = job.each(lambda r: r.manager.restore(fresh=True))
+            errors = job.restore(fresh=True)
             assert [type(e) for e in errors] == [WorldSizeMismatch] * 3
             assert "world_size=2" in str(errors[0])
             assert "restore(step=1)" in str(errors[0])
-            assert [f.state for f in job.each(lambda r: r.manager.restore(step=1))] == [b"old"] * 3
+            assert [f.state for f in job.restore(step=1)] == [b"old"] * 3
 
     @pytest.mark.parametrize("readers", [1, 4])
     def test_any_world_size_restores_replicated_state(self, settings: Settings, store: Path, uploads: Uploads, readers: int) -> None:
         """Rank 0 writes the one part; the others' handles are staged at once and durable with it."""
         with running(settings, store, 3) as job:
-            handles = job.each(lambda r: r.manager.save_async(state_of(9), 9, replicated=True))
+            handles = job.save(lambda _: state_of(9), 9, replicated=True)
             assert all(handle.staged.done() for handle in handles)
             assert {handle.durable.result(WITHIN_S).step for handle in handles} == {9}
             listed = job.ranks[0].manager.latest()
@@ -287,13 +285,13 @@ class TestRanks:
             assert listed.replicated
             assert job.ranks[0].manager.verify(listed.run, 9).parts == 1
         with running(settings, store, readers) as job:
-            for found in job.each(lambda r: r.manager.restore()):
+            for found in job.restore():
                 assert_is(found.state, 9)
 
     def test_ranks_that_disagree_about_a_step_are_told(self, settings: Settings, store: Path, uploads: Uploads) -> None:
         """One rank says replicated, the other not: the second to come gets a conflict, not a torn checkpoint."""
         with running(settings, store, 2) as job:
-            job.each(lambda r: r.manager.save_async(b"x", 0, replicated=True))
+            job.commit(lambda _: b"x", 0, replicated=True)
             first = job.ranks[0].manager.save_async(b"x", 1, replicated=True)
             first.durable.result(WITHIN_S)
             with pytest.raises(CheckpointConflict, match="replicated"):
@@ -303,27 +301,24 @@ class TestRanks:
         """One rank's part of the newest checkpoint is gone: all take the one before, and the run continues that."""
         with running(settings, store, 2) as job:
             for step in (1, 2):
-                for handle in job.each(lambda r, step=step: r.manager.save_async({"step": step, "rank": r.rank}, step)):
-                    handle.durable.result(WITHIN_S)
+                job.commit(lambda r: {"rank": r.rank}, step)
         (victim,) = store.glob("*/runs/*/*2/part-00001-*")
         victim.unlink()
         with running(settings, store, 2) as job:
-            found = job.each(lambda r: r.manager.restore())
+            found = job.restore()
             assert [(f.step, f.state["rank"]) for f in found] == [(1, 0), (1, 1)]
             run = job.ranks[0].session.run.id
             assert job.ranks[0].manager.lineage() == [(found[0].run, 1)]
-            handles = job.each(lambda r: r.manager.save_async({"rank": r.rank}, 2))
-            assert {h.durable.result(WITHIN_S).run for h in handles} == {run}
+            assert {commit.run for commit in job.commit(lambda r: {"rank": r.rank}, 2)} == {run}
 
     def test_a_member_that_dies_in_mid_restore_ends_it(self, settings: Settings, store: Path, uploads: Uploads) -> None:
         """The others get RosterChanged, and restore in the next run."""
         with running(settings, store, 3) as job:
-            for handle in job.each(lambda r: r.manager.save_async(b"x", 1)):
-                handle.durable.result(WITHIN_S)
+            job.commit(lambda _: b"x", 1)
         with running(settings, store, 3) as job:
             dead = job.ranks.pop()
             results: list[Any] = []
-            waiting = threading.Thread(target=lambda: results.extend(job.each(lambda r: r.manager.restore())), daemon=True)
+            waiting = threading.Thread(target=lambda: results.extend(job.restore()), daemon=True)
             waiting.start()
             state = dead.session.state
             key = state.keys.restore(dead.session.run.id)
@@ -340,11 +335,9 @@ class TestLineage:
         with running(settings, store, 2) as job:
             errors = job.each(lambda r: r.manager.restore(fresh=r.rank == 0))
             assert [type(e) for e in errors] == [NoCheckpoint] * 2
-            assert job.each(lambda r: r.manager.restore(fresh=True)) == [None, None]
+            assert job.restore(fresh=True) == [None, None]
 
-    def test_the_first_save_of_a_run_that_restored_nothing_is_refused(
-        self, settings: Settings, store: Path, uploads: Uploads
-    ) -> None:
+    def test_the_first_save_of_a_run_that_restored_nothing_is_refused(self, settings: Settings, store: Path, uploads: Uploads) -> None:
         """A store that holds checkpoints of the job is never silently started over; fresh=True on the manager is on purpose."""
         with CheckpointManager(store, settings=settings) as manager:
             manager.save_async(b"old", 5).durable.result(WITHIN_S)
@@ -389,13 +382,12 @@ class TestLineage:
         eventually(lambda: late.state == "WRITING", what="the checkpoint in Redis")
         old._session.close(reason="left it behind")
         with running(settings, store, 1) as job:
-            assert job.ranks[0].manager.restore().step == 1  # nobody uploads, so it is not waited for for long
+            assert job.restore()[0].step == 1  # nobody uploads, so it is not waited for for long
             with uploading(settings):
                 with pytest.raises(CheckpointAbandoned):
                     late.durable.result(WITHIN_S)
                 job.ranks[0].manager.save_async(b"3", 2).durable.result(WITHIN_S)
-            found = job.ranks[0].manager.restore()
-            assert found.state == b"3"
+            assert job.restore()[0].state == b"3"
             assert {(x.step, x.state) for x in job.ranks[0].manager.list()} == {(1, "COMMITTED"), (2, "ABANDONED"), (2, "COMMITTED")}
             state = job.ranks[0].session.state
             assert state.redis.hget(state.keys.meta, "latest") == f"{job.ranks[0].session.run.id}/2"
@@ -407,24 +399,21 @@ class TestLineage:
             old.save_async(b"staged", 8)
         with running(settings, store, 1) as job:
             found: list[Any] = []
-            restoring = threading.Thread(target=lambda: found.extend(job.each(lambda r: r.manager.restore())), daemon=True)
+            restoring = threading.Thread(target=lambda: found.extend(job.restore()), daemon=True)
             restoring.start()
             with uploading(settings):
                 restoring.join(WITHIN_S)
             assert [f.step for f in found] == [8]
 
-    def test_a_restart_with_an_emptied_redis_continues(
-        self, own_valkey: RedisServer, settings: Settings, store: Path
-    ) -> None:
+    def test_a_restart_with_an_emptied_redis_continues(self, own_valkey: RedisServer, settings: Settings, store: Path) -> None:
         """The chain is rebuilt from the store: the same lineage, a higher run number, and nothing is saved over."""
         here = replace(settings, redis_url=own_valkey.url)
         runs = []
         for step in (1, 2, 3):
             with uploading(here), running(here, store, 2) as job:
-                found = job.each(lambda r: r.manager.restore(fresh=True))
+                found = job.restore(fresh=True)
                 assert [f.step if f else None for f in found] == [step - 1 or None] * 2
-                for handle in job.each(lambda r, step=step: r.manager.save_async({"step": step}, step)):
-                    handle.durable.result(WITHIN_S)
+                job.commit(lambda _: b"x", step)
                 runs.append(job.ranks[0].session.run.id)
                 assert job.ranks[0].manager.lineage() == [(run, n + 1) for n, run in enumerate(runs[:-1])]
             state = JobState(here.redis_url, here.job)
@@ -436,14 +425,14 @@ class TestLineage:
         """FLUSHALL in mid-training: the open save commits, the members form again and go on from the newest."""
         here = replace(settings, redis_url=own_valkey.url)
         with running(here, store, 2) as job:
-            job.each(lambda r: r.manager.restore(fresh=True))
-            open_saves = job.each(lambda r: r.manager.save_async({"rank": r.rank}, 5))
+            job.restore(fresh=True)
+            open_saves = job.save(lambda r: {"rank": r.rank}, 5)
             eventually(lambda: all(h.state == "WRITING" for h in open_saves), what="an open checkpoint")
             job.ranks[0].session.state.redis.flushall()
             with uploading(here):
                 eventually(lambda: all(isinstance(e, RosterChanged) for e in job.each(_check)), what="the news at every rank")
-                job.each(lambda r: (r.manager.end_run(), r.session.form()))
-                found = job.each(lambda r: r.manager.restore())
+                job.each(_form_again)
+                found = job.restore()
                 assert [(f.step, f.state["rank"]) for f in found] == [(5, 0), (5, 1)]
                 assert {h.durable.result(WITHIN_S).step for h in open_saves} == {5}
 
@@ -454,8 +443,9 @@ class TestLineage:
             first = manager.save_async(b"1", 1)
             first.durable.result(WITHIN_S)
             JobState(here.redis_url, here.job).redis.flushall()
-            assert manager._session is not None
-            eventually(lambda: manager._session._ended is not None, what="the news")
+            session = Session.current(here.redis_url, here.job)
+            assert session is not None
+            eventually(lambda: session._ended is not None, what="the news")
             second = manager.save_async(b"2", 2)
             assert second.run != first.run
             second.durable.result(WITHIN_S)
@@ -464,6 +454,11 @@ class TestLineage:
 
 def _check(rank: Rank) -> None:
     rank.session.check()
+
+
+def _form_again(rank: Rank) -> None:
+    rank.manager.end_run()
+    rank.session.form()
 
 
 class TestReading:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from dtr.cli import main
 from dtr.config import Settings
 from dtr.runs import World
 from dtr.session import Session
+from tests.commands import together
 from tests.waiting import eventually
 
 NOBODY = "redis://127.0.0.1:1/0"
@@ -28,17 +27,10 @@ class Job:
 
     def __init__(self, settings: Settings, sessions: list[Session]) -> None:
         self.settings, self.sessions = settings, sessions
-        self.each(lambda session: (session.start(), session.form()))
+        together(sessions, lambda session: (session.start(), session.form()))
         self.managers = [CheckpointManager(str(settings.store), session=session, fresh=True) for session in sessions]
         self.uploader = Uploader(redis_url=settings.redis_url, staging=settings.staging, host=sessions[0].host)
         self.run = sessions[0].run.id
-
-    def each(self, call: Any) -> None:
-        threads = [threading.Thread(target=call, args=(session,)) for session in self.sessions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
 
     def save(self, step: int, *, upload: bool = True) -> None:
         for rank, manager in enumerate(self.managers):

@@ -237,12 +237,11 @@ def test_ctrl_c_is_130_and_a_second_one_kills(launch: Launch) -> None:
     eventually(lambda: launcher.out.count("ready") == 2, what="two trainers")
     launcher.signal(signal.SIGINT)
     eventually(lambda: "stopping the trainers" in launcher.err, what="the first Ctrl-C")
-    while launcher.process.poll() is None:  # an echo of the first press within 0.3 s does not count
+    while "killing what is left" not in launcher.err:  # an echo of the first press within 0.3 s does not count
         launcher.signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.process.wait(0.2)
-    assert launcher.process.returncode == 130
-    assert "killing what is left" in launcher.err
+    assert launcher.wait() == 130
     assert launcher.left() == []
 
 
@@ -292,6 +291,28 @@ def test_a_server_is_started_only_where_none_was_named(tmp_path: Path) -> None:
         assert redis.Redis.from_url(url).ping(), "the second launch took the first one's server with it"
     with pytest.raises(redis.ConnectionError):
         redis.Redis.from_url(url).ping()
+
+
+SAVES_AND_ENDS = """
+import sys
+from worker_agent import Agent
+with Agent.from_env(store=sys.argv[1]) as agent:
+    agent.restore(fresh=True)
+    agent.step()
+    agent.save_async(b"state" * 100_000, replicated=True)
+"""
+
+
+def test_an_uploader_is_started_where_there_is_none_and_finishes(valkey: RedisServer, job: str, tmp_path: Path) -> None:
+    """The server is there, an uploader is not: one runs for the time of the run. The trainer saves and ends at once; the launcher ends
+    when the save is committed; staging memory is given back, and no process is left."""
+    env = {"DTR_REDIS_URL": valkey.url, "DTR_JOB": job, "DTR_STAGING": str(tmp_path / "staging"), "DTR_HOME": str(tmp_path / "home")}
+    with Launcher(tmp_path / "launch", "--", sys.executable, "-c", SAVES_AND_ENDS, str(tmp_path / "store"), env=env) as launcher:
+        assert launcher.wait(120) == 0, launcher.err
+        assert launcher.left() == []
+    assert "started for the time of this run: uploader" in launcher.err
+    assert [p.name for p in (tmp_path / "store").rglob("manifest.json")] == ["manifest.json"]
+    assert [p.name for p in (tmp_path / "staging").rglob("*") if p.is_file()] == [".host-id"]
 
 
 def test_staged_saves_are_waited_for_within_a_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

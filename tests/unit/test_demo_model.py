@@ -109,12 +109,15 @@ def test_ranks_average_through_one_file(tmp_path):
     barrier = threading.Barrier(world_size)
     seen: dict[int, list[np.ndarray]] = {}
 
+    def meet(name: str) -> None:
+        barrier.wait(30)
+
     def rank_main(rank: int) -> None:
         with SharedGradients(tmp_path, run="0001-abcd", rank=rank, world_size=world_size, width=width) as shared:
             seen[rank] = []
             for step in range(steps):
                 shared.own[...] = np.arange(width) * (rank + 1) + step
-                seen[rank].append(shared.average(lambda _: barrier.wait(30) and None).copy())
+                seen[rank].append(shared.average(meet).copy())
 
     threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
     for thread in threads:

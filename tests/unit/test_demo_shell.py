@@ -215,7 +215,7 @@ def test_advice_can_be_typed_as_it_stands(tmp_path):
     assert not [line for line in with_client if "Flower" in line]
 
 
-NOW = Now(step=41, steps=400, loss=2.5, step_s=0.05, ranks=[(0, "training"), (1, "killed")], saved=2, durable=1)
+NOW = Now(step=41, steps=400, loss=2.5, step_s=0.05, doing={"0": "training", "1": "killed", "2": "training"}, saved=2, durable=1)
 LONG = "barrier 'mean' round 17 of run 0001-abcd is broken: rank 2 (a-long-host-name-1234abcd-2) departed: signal 9 (SIGKILL)"
 
 
@@ -241,6 +241,7 @@ def test_on_a_terminal_no_line_is_wider_than_the_screen(width):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", out.getvalue())
     assert max(len(line.rstrip()) for line in plain.splitlines()) <= width
     assert "step 42 of" in plain
+    assert width < 80 or "trainers 0, 2 training; 1 killed" in plain
     assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1
 
 

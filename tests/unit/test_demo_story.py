@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from dtr.errors import BarrierBroken, RosterChanged
+from dtr.runs import Member, Run
 from worker_agent.demo.checks import Check, Ending, check_all
 from worker_agent.demo.figures import Upload, measure
 from worker_agent.demo.narrator import Narrator
@@ -28,6 +30,7 @@ from worker_agent.demo.records import (
     Stepped,
 )
 from worker_agent.demo.story import Kill, Story, moves
+from worker_agent.demo.trainer import blamed
 
 WORKERS = ["host-0", "host-1", "host-2", "host-3"]
 FIRST, SECOND, THIRD = "0001-aaaa", "0002-bbbb", "0003-cccc"
@@ -35,7 +38,7 @@ KILL = Kill(at=2.0, wall_ms=1_000_000.0, worker="host-2", rank=2, pid=102, run=F
 REASON = "rank 2 (host-2) departed: signal 9 (SIGKILL)"
 
 # Twelve shards: three each; host-2's go to the others; on its return it gets three, one of each.
-HELD = {
+HELD: dict[str, dict[str, tuple[int, ...]]] = {
     FIRST: {"host-0": (0, 1, 2), "host-1": (3, 4, 5), "host-2": (6, 7, 8), "host-3": (9, 10, 11)},
     SECOND: {"host-0": (0, 1, 2, 6), "host-1": (3, 4, 5, 7), "host-3": (8, 9, 10, 11)},
     THIRD: {"host-0": (1, 2, 6), "host-1": (3, 4, 5), "host-2": (0, 7, 8), "host-3": (9, 10, 11)},
@@ -73,19 +76,9 @@ def rehearsal() -> list[Note]:
     """The notes of a demo of 12 steps: killed after step 5, restored at 3, with three ranks up to 7, restored at 7 with four."""
     events: list[tuple[float, str, Event]] = [(0.5, worker, Started(restarts=0)) for worker in WORKERS]
     events += in_run(FIRST, 1.0, ("", -1), range(6), save_at=[3])
-    halted = {
-        "run": FIRST,
-        "step": 5,
-        "error": "BarrierBroken",
-        "barrier": "mean",
-        "missing": ("host-2",),
-        "culprit": "host-2",
-        "reason": REASON,
-    }
+    broken = Halted(run=FIRST, rank=0, step=5, error="BarrierBroken", barrier="mean", missing=("host-2",), culprit="host-2", reason=REASON)
     events += [
-        (2.03 + rank / 1000, worker, Halted(**{**halted, "rank": rank}))  # type: ignore[arg-type]
-        for rank, worker in enumerate(WORKERS)
-        if worker != "host-2"
+        (2.03 + rank / 1000, worker, dataclasses.replace(broken, rank=rank)) for rank, worker in enumerate(WORKERS) if worker != "host-2"
     ]
     events += in_run(SECOND, 3.0, (FIRST, 3), range(4, 9), save_at=[7])
     events.append((4.0, "host-2", Started(restarts=1)))
@@ -268,7 +261,7 @@ def test_figures_are_those_of_the_notes():
     assert found.upload_mb_per_s == pytest.approx(100.0)
     assert found.step_ms == pytest.approx(100.0)
     assert json.loads(json.dumps(found.as_dict()))["recovery_s"] == pytest.approx(1.2)
-    assert ("detection", "33 ms from SIGKILL to the last survivor; Redis knew after 12 ms") in found.rows()
+    assert ("detection", "33 ms to the last survivor; Redis knew after 12 ms") in found.rows()
 
 
 def test_figures_of_a_demo_in_which_nothing_happened():
@@ -304,3 +297,23 @@ def test_each_line_is_told_once_and_in_order():
         "step 11 is saved: training stalled 20 ms, durable after 0.50 s",
     ]
     assert narrator.fresh(story) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BarrierBroken("told", barrier="mean", reason=REASON, missing=()),
+        RosterChanged("told", run=FIRST, worker="host-2", rank=2, reason="signal 9 (SIGKILL)"),
+    ],
+)
+def test_either_error_names_who_departed_in_the_same_words(error):
+    """It depends on the moment whether a rank's barrier breaks or its next one is refused."""
+    roster = {worker: Member(rank=rank, incarnation="a", host="h") for rank, worker in enumerate(WORKERS)}
+    run = Run(id=FIRST, rank=0, world_size=4, generation=1, previous="", roster=roster)
+    assert blamed(error, run) == ("host-2", REASON)
+
+
+def test_a_newcomer_is_nobodys_fault():
+    """A run that makes room blames nobody."""
+    run = Run(id=FIRST, rank=0, world_size=4, generation=1, previous="", roster={})
+    assert blamed(RosterChanged("told", run=FIRST, worker=None, rank=None, reason="newcomer"), run) == ("", "newcomer")

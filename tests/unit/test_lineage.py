@@ -105,7 +105,7 @@ class TestIndex:
         for n, (_, step) in enumerate(parents):
             run = f"{n:04d}-r"
             base = (lineage.head, step) if n else None
-            links[run] = link(run, *(base or ("", None)), at=n)
+            links[run] = link(run, base[0], base[1], at=n) if base else link(run, at=n)
             lineage = lineage.after(run, base)
         assert lineage == chain(links, head_of(links.values()))
 
@@ -127,8 +127,9 @@ def manifest(world_size: int = 2, *, replicated: bool = False) -> Manifest:
         for rank in range(1 if replicated else world_size)
     )
     return Manifest(
-        decision="commit", job="j", run="0001-a", step=5, world_size=world_size, replicated=replicated, parent=None, created_at=1, parts=parts
-    )
+        decision="commit", job="j", run="0001-a", step=5, world_size=world_size, replicated=replicated, parent=None, created_at=1,
+        parts=parts,
+    )  # fmt: skip
 
 
 def test_a_sharded_part_needs_its_world_size() -> None:

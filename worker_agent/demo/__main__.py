@@ -119,8 +119,8 @@ def main(argv: Sequence[str]) -> int:
     report = open_report(to_stderr=args.json)
     try:
         options = Options(**vars(args))
-        killed = "one of them will be killed" if options.kill else "nobody will be killed"
-        report.hint(f"dtr demo: {options.workers} trainers learn to write Python, and {killed}", "bold")
+        killed = "one will be killed" if options.kill else "nobody will be killed"
+        report.hint(f"dtr demo: {options.workers} trainers learn to write Python, {killed}", "bold")
         outcome = run(options, interrupts, report)
         conclude(report, outcome.figures.rows(), outcome.checks)
         if options.store is not None:

@@ -110,9 +110,7 @@ def _moved_least(story: Story, ending: Ending) -> Check:
     had = len(before.shards.get(victim, ()))
     share = sum(map(len, again.shards.values())) // again.world_size
     ok = dict(left.taken) == {victim: had} and set(back.given) == {victim} and back.total == share
-    return Check(
-        ok=ok, what=what, detail=f"{left.total} of the killed one's {had}, then {back.total} to its replacement, whose share is {share}"
-    )
+    return Check(ok=ok, what=what, detail=f"{left.total} of the dead one's {had}, then {back.total} back (share: {share})")
 
 
 def _even(story: Story, ending: Ending) -> Check:

@@ -6,7 +6,6 @@ Everything is decided elsewhere (`story`, `narrator`, `checks`, `figures`); this
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from worker_agent.demo.corpus import library, write_corpus
 from worker_agent.demo.figures import Figures, measure
 from worker_agent.demo.inspection import Inspection, inspect
 from worker_agent.demo.model import Shape
-from worker_agent.demo.narrator import Narrator
+from worker_agent.demo.narrator import Narrator, number_of
 from worker_agent.demo.options import Options
 from worker_agent.demo.records import Notes
 from worker_agent.demo.report import LiveReport, Now, Report
@@ -77,7 +76,7 @@ def direct(options: Options, place: Workplace, settings: Settings, report: Repor
     corpus = write_corpus(
         place.corpus, source=library(), sample_bytes=shape.sample_bytes, file_samples=_FILE_SAMPLES, limit_bytes=options.corpus_bytes
     )
-    report.say(f"data: {corpus.sources} modules of Python's standard library, {corpus.samples:,} samples of {shape.sample_bytes} bytes")
+    report.say(f"data: {corpus.sources} modules of Python's standard library as {corpus.samples:,} samples")
     plan = Plan(
         corpus=str(corpus.folder), notes=str(place.notes), memory=str(place.gradients), steps=options.steps, workers=options.workers,
         save_every=options.save_every, rejoin_after_s=options.rejoin_after_s, shape=shape,
@@ -96,20 +95,18 @@ def direct(options: Options, place: Workplace, settings: Settings, report: Repor
     checks = check_all(watch.story, _ending(options, place, status, found))
     seconds = time.monotonic() - began
     if found.sample:
-        report.hint("")
-        report.hint(f"what the restored model writes: {found.sample}")
+        report.say(f"the restored model writes: {found.sample}")
     return Outcome(figures=measure(watch.story, found.uploads, workers=options.workers, seconds=seconds), checks=checks)
 
 
 def _tell_where(report: Report, up: Up, place: Workplace, settings: Settings, options: Options) -> None:
-    flower = next((service.address for service in up.record.services if service.name == "flower"), None)
-    server = next((service.address for service in up.record.services if service.name == "redis"), settings.redis_url)
-    report.say(f"up: Redis at {server}" + (f", Flower at {flower}" if flower else ""))
-    report.hint(f"store: {settings.store}" if options.store else f"folder: {place.folder}")
-    report.hint("")
-    for line in advice(settings.redis_url, settings.job, flower, executable=sys.executable, cwd=os.environ.get("PWD", os.getcwd())):
+    at = {service.name: service.address for service in up.record.services}
+    report.say(f"up: Redis at {at.get('redis', settings.redis_url)}, uploader, Flower")
+    report.say(f"checkpoints go to {settings.store}" if options.store else f"everything is in {place.folder}")
+    report.hint()
+    for line in advice(settings.redis_url, settings.job, at.get("flower"), executable=sys.executable, cwd=options.cwd):
         report.hint(line, "cyan")
-    report.hint("")
+    report.hint()
 
 
 def _launcher_command(options: Options, plan: Plan) -> list[str]:
@@ -144,7 +141,7 @@ def launched(command: Sequence[str], place: Workplace) -> Iterator[subprocess.Po
         yield child
     finally:
         if itself is not None:
-            processes.stop([itself], grace_s=_END_WITHIN_S)
+            processes.stop({itself: _END_WITHIN_S})
         child.wait()
 
 
@@ -221,14 +218,14 @@ class Watch:
 def now_of(story: Story, steps: int) -> Now:
     """The story's present."""
     run = story.run
-    ranks = sorted((formed.rank, worker) for worker, formed in run.formed.items()) if run is not None else []
     gone = story.kill.worker if story.kill is not None and run is not None and story.kill.run == run.id else ""
+    phases = {worker: "killed" if worker == gone else phase for worker, phase in sorted(story.phases.items())}
     return Now(
         step=story.step,
         steps=steps,
         loss=story.losses[-1] if story.losses else None,
         step_s=story.step_s,
-        ranks=[(rank, "killed" if worker == gone else story.phases.get(worker, "")) for rank, worker in ranks],
+        doing={number_of(worker): phase for worker, phase in phases.items()},
         saved=len(story.saves),
         durable=len(story.commits),
     )

@@ -59,10 +59,10 @@ class Figures:
         ]
         if self.noticed_ms is not None:
             redis = _with("; Redis knew after {:.0f} ms", self.recorded_ms)
-            rows.append(("detection", f"{self.noticed_ms:.0f} ms from SIGKILL to the last survivor{redis}"))
+            rows.append(("detection", f"{self.noticed_ms:.0f} ms to the last survivor{redis}"))
         if self.recovery_s is not None:
-            full = _with("; all {} trained after {:.2f} s", self.full_again_s, self.workers)
-            rows.append(("recovery", f"{self.recovery_s:.2f} s from SIGKILL to the next step{full}"))
+            full = _with("; with all {} again after {:.2f} s", self.full_again_s, self.workers)
+            rows.append(("recovery", f"{self.recovery_s:.2f} s to the next step{full}"))
         return [*rows, ("in all", f"{self.seconds:.0f} s")]
 
 

@@ -19,8 +19,8 @@ from worker_agent.demo.model import Adam, ByteModel, Shape, digest, load
 
 __all__ = ["Inspection", "inspect", "write_on"]
 
-_PROMPT: Final = b"    def __init__(self, "
-_SAMPLE_BYTES: Final = 40
+_PROMPT: Final = b"    def __init__("
+_SAMPLE_BYTES: Final = 24
 _SHARPNESS: Final = 3.0  # the likelier bytes only: a model that has learned for a minute is not sure of much
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from worker_agent.demo.story import Kill, RunStory, Story, moves
 
-__all__ = ["Line", "Narrator", "trainer"]
+__all__ = ["Line", "Narrator", "number_of", "trainer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,11 @@ class Line:
 
 def trainer(worker: str) -> str:
     """How people call a worker of the launcher, whose ids end in a number that stays the same while ranks change."""
-    return f"trainer {_number(worker)}"
+    return f"trainer {number_of(worker)}"
 
 
-def _number(worker: str) -> str:
+def number_of(worker: str) -> str:
+    """The number in a worker's id."""
     return worker.rpartition("-")[2]
 
 
@@ -88,7 +89,7 @@ def _counts(by_worker: Mapping[str, int]) -> str:
     """``trainer 2`` or ``trainers 0 (29), 1 (28), 3 (29)``."""
     if len(by_worker) == 1:
         return trainer(*by_worker)
-    return "trainers " + ", ".join(f"{_number(worker)} ({count})" for worker, count in sorted(by_worker.items()))
+    return "trainers " + ", ".join(f"{number_of(worker)} ({count})" for worker, count in sorted(by_worker.items()))
 
 
 def _restored(run: RunStory) -> str:
@@ -121,7 +122,7 @@ def _noticed(story: Story) -> str:
 def _named(run: RunStory) -> str:
     broken = [halted for halted in run.halted.values() if halted.error == "BarrierBroken"]
     told = (broken or list(run.halted.values()))[0]
-    what = f"barrier {told.barrier!r} broke" if broken else "the next call said"
+    what = f"barrier {told.barrier!r} broke" if broken else "the next barrier was refused"
     return f"{what}: {told.reason}"
 
 

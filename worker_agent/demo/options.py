@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from dtr import names
@@ -30,6 +30,7 @@ class Options:
         json: whether the outcome is printed as one JSON object, and all else on stderr.
         hidden: units of the model's hidden layer: what makes the state large.
         corpus_bytes: how much of the standard library is read.
+        cwd: where the demo was started.
         rejoin_after_s: how long the replacement of the killed trainer takes to come.
 
     Raises:
@@ -44,6 +45,7 @@ class Options:
     json: bool = False
     hidden: int = 2048
     corpus_bytes: int = 6_000_000
+    cwd: str = field(default_factory=os.getcwd)
     rejoin_after_s: float = 5.0
 
     def __post_init__(self) -> None:

@@ -6,33 +6,35 @@ Guarantee: where there is no terminal (a file, a pipe, a CI log) there are plain
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from worker_agent.demo.checks import Check
 
-__all__ = ["Now", "Report", "conclude", "open_report"]
+__all__ = ["LiveReport", "Now", "PlainReport", "Report", "conclude", "open_report"]
 
-_MARGIN: Final = 9
+_TIME_WIDTH: Final = 9
+_LABEL_WIDTH: Final = 16
+_VERDICT_WIDTH: Final = 8
 _PLAIN_EVERY_S: Final = 5.0
+_LONGEST_BAR: Final = 80
+_NARROWEST: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Now:
-    """What happens at the moment: ``ranks`` are (rank, what it does), ``saved`` and ``durable`` count saves."""
+    """What happens at the moment: ``doing`` is what each trainer does, by its number; ``saved`` and ``durable`` count saves."""
 
     step: int
     steps: int
     loss: float | None
     step_s: float | None
-    ranks: Sequence[tuple[int, str]]
+    doing: Mapping[str, str]
     saved: int
     durable: int
 
@@ -43,8 +45,14 @@ class Report(Protocol):
     def say(self, text: str, style: str = "") -> None:
         """A line of the story, with the time since the demo began."""
 
-    def hint(self, text: str, style: str = "") -> None:
+    def hint(self, text: str = "", style: str = "") -> None:
         """A line without a time."""
+
+    def fact(self, label: str, text: str) -> None:
+        """A line with a label in its left margin."""
+
+    def verdict(self, word: str, text: str, style: str = "") -> None:
+        """A line with a word in its left margin."""
 
     def show(self, now: Now) -> None:
         """What happens at the moment."""
@@ -60,27 +68,32 @@ def open_report(*, to_stderr: bool) -> Report:
 
 
 class _Lines:
-    """Prints lines, broken between words on a terminal."""
+    """Prints lines; on a terminal broken between words, the rest below the beginning of the text."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._began = time.monotonic()
 
     def say(self, text: str, style: str = "") -> None:
-        elapsed = f"{time.monotonic() - self._began:5.1f} s  "
-        self._print(Text(elapsed, "dim"), text, style)
+        self._print(Text(f"{time.monotonic() - self._began:5.1f} s".ljust(_TIME_WIDTH), "dim"), Text(text, style))
 
-    def hint(self, text: str, style: str = "") -> None:
-        self._print(Text(" " * _MARGIN if text else ""), text, style)
+    def hint(self, text: str = "", style: str = "") -> None:
+        self._print(Text(), Text(text, style))
 
-    def _print(self, margin: Text, text: str, style: str) -> None:
+    def fact(self, label: str, text: str) -> None:
+        self._print(Text(label.ljust(_LABEL_WIDTH), "bold"), Text(text))
+
+    def verdict(self, word: str, text: str, style: str = "") -> None:
+        self._print(Text(word.ljust(_VERDICT_WIDTH), style or "green"), Text(text, style))
+
+    def _print(self, margin: Text, text: Text) -> None:
         if not self.console.is_terminal:
             self.console.print(Text.assemble(margin, text), soft_wrap=True)
             return
-        wrapped = Text(text, style).wrap(self.console, max(20, self.console.width - _MARGIN))
-        for number, line in enumerate(wrapped or [Text()]):
+        indent = len(margin)
+        for number, line in enumerate(text.wrap(self.console, max(_NARROWEST, self.console.width) - indent) or [Text()]):
             line.rstrip()
-            self.console.print(Text.assemble(margin if number == 0 else " " * _MARGIN, line))
+            self.console.print(Text.assemble(margin if number == 0 else " " * indent, line))
 
 
 class PlainReport(_Lines):
@@ -93,7 +106,7 @@ class PlainReport(_Lines):
     def show(self, now: Now) -> None:
         if now.step > self._shown_step and time.monotonic() - self._shown_at >= _PLAIN_EVERY_S:
             self._shown_at, self._shown_step = time.monotonic(), now.step
-            self.say(f"step {_progress(now)}")
+            self.say(_progress(now))
 
     def close(self) -> None:
         """Nothing to end."""
@@ -110,7 +123,7 @@ class LiveReport(_Lines):
         if self._live is None:
             self._live = Live(console=self.console, refresh_per_second=8, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
-        self._live.update(_display(now, self.console.width))
+        self._live.update(_display(now, self.console))
 
     def close(self) -> None:
         live, self._live = self._live, None
@@ -120,32 +133,38 @@ class LiveReport(_Lines):
 
 def _progress(now: Now) -> str:
     loss = "" if now.loss is None else f", loss {now.loss:.2f}"
-    speed = "" if now.step_s is None else f", {now.step_s * 1000:.0f} ms a step"
-    return f"{now.step + 1} of {now.steps}{loss}{speed}; {now.saved} saved, {now.durable} durable"
+    speed = "" if now.step_s is None else f", {now.step_s * 1000:.0f} ms each"
+    return f"step {now.step + 1} of {now.steps}{speed}{loss}; {now.saved} saved, {now.durable} durable"
 
 
-def _display(now: Now, width: int) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_row(
-        " " * (_MARGIN - 1), ProgressBar(total=now.steps, completed=max(0, now.step + 1), width=max(10, min(width, 90) - _MARGIN - 1))
-    )
-    ranks = "   ".join(f"rank {rank}: {what}" for rank, what in now.ranks)
-    lines = [Text(" " * _MARGIN + "step " + _progress(now)), Text(" " * _MARGIN + ranks, "dim")]
+def _trainers(now: Now) -> str:
+    together: dict[str, list[str]] = {}
+    for number, what in now.doing.items():
+        together.setdefault(what, []).append(number)
+    return "trainers " + "; ".join(f"{', '.join(numbers)} {what}" for what, numbers in together.items())
+
+
+def _display(now: Now, console: Console) -> RenderableType:
+    width = console.width
+    length = min(width, _LONGEST_BAR)
+    done = length * (now.step + 1) // now.steps
+    dash = "-" if console.options.ascii_only else "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
+    lines = [Text(_progress(now)), Text(_trainers(now), "dim")]
     for line in lines:
         line.truncate(width, overflow="ellipsis")
-    return Group(Text(), grid, *lines)
+    return Group(Text(), Text.assemble((dash * done, "green"), (dash * (length - done), "dim")), *lines)
 
 
 def conclude(report: Report, rows: Sequence[tuple[str, str]], checks: Sequence[Check]) -> None:
     """Print the table of figures, then each verdict."""
-    report.hint("")
+    report.hint()
     for label, text in rows:
-        report.hint(f"{label:<16}{text}")
-    report.hint("")
+        report.fact(label, text)
+    report.hint()
     for check in checks:
-        report.hint(f"{'ok    ' if check.ok else 'FAILED'}  {check.what}: {check.detail}", "" if check.ok else "bold red")
+        report.verdict("ok" if check.ok else "FAILED", f"{check.what}: {check.detail}", "" if check.ok else "bold red")
     failed = sum(not check.ok for check in checks)
-    report.hint("")
+    report.hint()
     report.hint(
         f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks hold", "bold red" if failed else "bold green"
     )

@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 from dtr.checkpoint.handle import Commit, SaveHandle
 from dtr.config import LauncherEnvironment
 from dtr.errors import BarrierBroken, CheckpointError, RosterChanged
+from dtr.runs import Run
 from worker_agent import Agent
 from worker_agent.demo.feed import Feed, read_samples
 from worker_agent.demo.gradients import SharedGradients
@@ -164,18 +165,18 @@ class Trainer:
         self._notebook.write(Committed(run=handle.run, step=handle.step, size_bytes=found.size_bytes, seconds=found.seconds))
 
     def _note_halt(self, change: BarrierBroken | RosterChanged) -> None:
-        agent, facts = self._agent, change.facts
-        reason = str(facts.get("reason") or change.message)
-        culprit = facts.get("worker") or next((worker for worker in agent.session.run.roster if f"({worker})" in reason), "")
+        agent = self._agent
+        culprit, reason = blamed(change, agent.session.run)
+        missing = tuple(member.worker for member in change.facts.get("missing", ()))
         self._notebook.write(
             Halted(
                 run=agent.run,
                 rank=agent.rank,
                 step=agent.current_step,
                 error=type(change).__name__,
-                barrier=str(facts.get("barrier", "")),
-                missing=tuple(member.worker for member in facts.get("missing", ())),
-                culprit=str(culprit),
+                barrier=str(change.facts.get("barrier", "")),
+                missing=missing,
+                culprit=culprit,
                 reason=reason,
             )
         )
@@ -196,6 +197,15 @@ class Trainer:
                 print(f"the last save, step {self._last_save.step} of run {self._last_save.run}: {exc}", file=sys.stderr)
         self._agent.barrier("finished")
         self._notebook.write(Finished(step=self._agent.current_step))
+
+
+def blamed(change: BarrierBroken | RosterChanged, run: Run) -> tuple[str, str]:
+    """Who departed, empty if nobody did, and the sentence that says so, the same from either error."""
+    reason = str(change.facts.get("reason", ""))
+    if isinstance(change, BarrierBroken):
+        return next((worker for worker in run.roster if f"({worker})" in reason), ""), reason
+    worker = change.facts.get("worker") or ""
+    return worker, f"rank {change.rank} ({worker}) departed: {reason}" if worker else reason
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from dtr.checkpoint.reclaim import reclaim
 from dtr.config import Settings
 from dtr.stack import default_home
 from dtr.views.settings import origins
@@ -55,4 +56,5 @@ def launch(what: Launch, given: Given, environ: Mapping[str, str]) -> int:
             status = run_trainers(what, places, settings=settings, job=given.job, environ=environ)
         if ground.uploads:
             finish_uploads(settings.staging, within_s=_UPLOADS_WITHIN_S)
+            reclaim(settings.staging)  # the memory of trainers that have ended: the uploader may end before it does that
     return status
