@@ -44,10 +44,10 @@ check: venv ## Style, types, import layers, headers of the Lua scripts
 	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/python -m pytest -q tests/lua/test_headers.py
 
-bench: venv ## The figures: placement, beat (needs redis-benchmark), barrier
+bench: venv ## The figures, one JSON object each: placement, barrier, beat (needs redis-benchmark)
 	@$(BIN)/python -m bench.placement --json
-	@$(BIN)/python -m bench.beat --json
 	@$(BIN)/python -m bench.barrier --json
+	@$(BIN)/python -m bench.beat --json
 
 clean: ## Remove .venv and what tools leave behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

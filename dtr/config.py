@@ -60,6 +60,7 @@ class Settings:
     reader_grace_s: float = _setting(600.0, "how long objects outlive their manifest, for readers under way", 0.0, 2_592_000)
     upload_mbps: float | None = _setting(None, "bandwidth cap of one upload in MB/s", 0.001)
     upload_processes: int | None = _setting(None, "parts that an uploader carries at once; default: one per core, 2 to 4", 1, 64)
+    shutdown_grace_s: float = _setting(8.0, "a stopping uploader has ended after this; container runtimes kill after 10", 1.0, 86_400)
     flower_port: int = _setting(5555, "port of Flower on 127.0.0.1", 1, 65_535)
 
     @classmethod

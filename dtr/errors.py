@@ -85,6 +85,10 @@ class StoreRefused(StoreUnavailable):
     """The checkpoint store answered, and refuses: no bucket, no permission, wrong credentials. Retrying does not help."""
 
 
+class ServiceFailed(Unavailable):
+    """A service of the local stack did not start; the message has the last line of its log, the fact ``tail`` more of it."""
+
+
 class NotFound(DtrError, KeyError):
     """The store holds no object under this key."""
 

@@ -6,13 +6,15 @@ import os
 from functools import cache
 from typing import Any, Final
 
+import click
+
 from dtr.config import Settings
+from dtr.errors import ConfigError, DtrError
 from dtr.publish import VISIBILITY_TIMEOUT_S, broker_settings
 
-__all__ = ["DRAIN_S", "KILL_S", "celery_settings", "settings"]
+__all__ = ["CannotStart", "celery_settings", "drain_s", "settings"]
 
-DRAIN_S: Final = 5.0  # after SIGTERM or SIGQUIT, uploads may finish for this long, then they give their parts back
-KILL_S: Final = 8.0  # then whatever still hangs is killed: container runtimes do it after 10 s
+_DRAIN: Final = 0.6  # of shutdown_grace_s: uploads may finish for this long, then they give their parts back; the rest is for that
 
 
 @cache
@@ -21,10 +23,27 @@ def settings() -> Settings:
     return Settings.load()
 
 
+def drain_s() -> float:
+    """How long uploads go on after SIGTERM or SIGQUIT."""
+    return settings().shutdown_grace_s * _DRAIN
+
+
+class CannotStart(click.ClickException):
+    """Every ``celery`` command ends with this one line, and with the status that dtr's commands end with."""
+
+    def __init__(self, exc: DtrError) -> None:
+        super().__init__(exc.message)
+        self.exit_code = exc.exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
 def celery_settings() -> dict[str, Any]:
-    """What the workers, ``inspect`` and Flower go by."""
+    """What the workers, ``inspect`` and Flower go by; raises CannotStart."""
+    try:
+        reaching = broker_settings(settings().broker)
+    except ConfigError as exc:
+        raise CannotStart(exc) from exc
     return {
-        **broker_settings(settings().broker),
+        **reaching,
         # Each of Flower's inspections holds a connection and waits for a second one: with few of them it stands still for good.
         "broker_pool_limit": 100,
         "broker_connection_retry": True,
@@ -42,7 +61,8 @@ def celery_settings() -> dict[str, Any]:
         "worker_prefetch_multiplier": 1,
         "worker_disable_prefetch": True,  # what waits, waits in the queue, where everybody sees it and any process may take it
         "worker_cancel_long_running_tasks_on_connection_loss": False,
-        "worker_soft_shutdown_timeout": DRAIN_S,
+        # SIGQUIT and SIGINT: by then uploads have given their parts back.
+        "worker_soft_shutdown_timeout": (settings().shutdown_grace_s + drain_s()) / 2,
         "worker_enable_soft_shutdown_on_idle": False,
         "worker_send_task_events": True,  # Flower's pages stay empty without
         "worker_proc_alive_timeout": 60.0,

@@ -10,9 +10,11 @@ import os
 import random
 import threading
 import time
+from importlib import metadata
 from typing import Any, ClassVar, Final
 
 from celery import bootsteps
+from celery.worker import state
 from redis.exceptions import RedisError
 
 from dtr import publish
@@ -38,7 +40,7 @@ class Presence:
         self._redis = connect(given.redis_url, name="dtr-uploader", max_connections=2)
         self._key, self._host = uploader(host), host
         self._ttl_ms = int(max(_PRESENT_FOR_S, 5 * given.scan_interval_s) * 1000)
-        self._started_at = int(time.time() * 1000)
+        self._started_at, self._version = int(time.time() * 1000), _version()
 
     def show(self, look: Look, uploads: int) -> None:
         """Renew the key. Raises RedisError."""
@@ -48,7 +50,7 @@ class Presence:
             "started_at": self._started_at,
             "last_scan_at": int(time.time() * 1000),
             "queue": upload_queue(self._host),
-            "version": _version(),
+            "version": self._version,
             "slots": look.slots,
             "staged": look.staged,
             "staged_bytes": look.staged_bytes,
@@ -76,6 +78,9 @@ class ReconcilerThread(threading.Thread):
     def __init__(self, given: Settings, host: str) -> None:
         super().__init__(name="dtr-reconciler", daemon=True)
         self._given, self._host = given, host
+        # Made here, in the main thread: what this thread imports could be half imported in a pool process that forks meanwhile.
+        self._reconciler = Reconciler(redis_url=given.redis_url, staging=given.staging, host=host)
+        self._presence = Presence(given, host)
         self._over = threading.Event()
         self._trouble, self._last = "", Look()
 
@@ -85,14 +90,12 @@ class ReconcilerThread(threading.Thread):
         self.join(timeout=5.0)
 
     def run(self) -> None:
-        reconciler = Reconciler(redis_url=self._given.redis_url, staging=self._given.staging, host=self._host)
-        presence = Presence(self._given, self._host)
         while True:
-            self._once(reconciler, presence)
+            self._once(self._reconciler, self._presence)
             if self._over.wait(self._given.scan_interval_s * random.uniform(0.8, 1.2)):
                 break
-        presence.end()
-        reconciler.close()
+        self._presence.end()
+        self._reconciler.close()
 
     def _once(self, reconciler: Reconciler, presence: Presence) -> None:
         try:
@@ -150,14 +153,10 @@ class Reconciling(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
 
 
 def _running() -> int:
-    from celery.worker import state
-
     return len(state.active_requests)
 
 
 def _version() -> str:
-    from importlib import metadata
-
     try:
         return metadata.version("dtr")
     except metadata.PackageNotFoundError:

@@ -15,14 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from tasks.config import DRAIN_S, KILL_S
-
-__all__ = ["begin", "is_orphan", "is_over", "share", "watch"]
+__all__ = ["begin", "is_orphan", "is_over", "owner_pid", "share", "watch"]
 
 log = logging.getLogger(__name__)
 
 _page: mmap.mmap | None = None
 _owner_pid = 0
+_watching = False
 
 
 def share() -> None:
@@ -32,12 +31,17 @@ def share() -> None:
         _page, _owner_pid = mmap.mmap(-1, mmap.PAGESIZE), os.getpid()
 
 
+def owner_pid() -> int:
+    """The worker's main process; 0 outside a worker."""
+    return _owner_pid
+
+
 def is_orphan() -> bool:
     """Whether this process of the pool has lost its worker."""
     return _owner_pid not in {0, os.getpid(), os.getppid()}
 
 
-def begin(drain_s: float = DRAIN_S) -> None:
+def begin(drain_s: float) -> None:
     """Let uploads go on for ``drain_s``; a second call does not prolong that."""
     if _page is not None and struct.unpack_from("d", _page)[0] == 0.0:
         struct.pack_into("d", _page, 0, time.monotonic() + drain_s)
@@ -51,8 +55,12 @@ def is_over() -> bool:
     return deadline != 0.0 and time.monotonic() >= deadline
 
 
-def watch(children: Callable[[], Iterable[int]], *, kill_s: float = KILL_S) -> None:
-    """Kill what has not ended ``kill_s`` from now: the pool first, then this process."""
+def watch(children: Callable[[], Iterable[int]], *, kill_s: float) -> None:
+    """Kill what has not ended ``kill_s`` from now: the pool first, then this process. Once is enough."""
+    global _watching
+    if _watching:
+        return
+    _watching = True
 
     def kill() -> None:
         time.sleep(kill_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import secrets
@@ -15,14 +16,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from tests.servers import RedisServer
 from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "DTR_TEST_MARK"
+SHORT_TIMES = {"DTR_TTL_S": "1.5", "DTR_BEAT_INTERVAL_S": "0.3", "DTR_SETTLE_S": "0.3"}
 
 
 def main(argv: list[str]) -> int:
@@ -84,10 +87,10 @@ class Launcher:
         folder: for its output and what its trainers tell.
         options: of ``run``, with the command; the command is this module's trainer if there is no ``--``.
         env: what differs from this process's environment.
-        stdin: of the launcher.
+        stderr: of the launcher; default: a file in ``folder``.
     """
 
-    def __init__(self, folder: Path, *options: str, env: dict[str, str], stdin: int = subprocess.DEVNULL) -> None:
+    def __init__(self, folder: Path, *options: str, env: dict[str, str], stderr: int | None = None) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.mark = secrets.token_hex(8)
@@ -96,7 +99,7 @@ class Launcher:
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "worker_agent", "run", *options, *command],
-                cwd=ROOT, env=environment, stdin=stdin, stdout=out, stderr=err,
+                cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err if stderr is None else stderr,
             )  # fmt: skip
 
     @property
@@ -154,6 +157,20 @@ class Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
+
+
+@contextlib.contextmanager
+def launching(server: RedisServer, job: str, folder: Path, **settings: str) -> Iterator[Callable[..., Launcher]]:
+    """A function that starts launchers of one job without an uploader; all are ended with the block, whatever happens."""
+    env = {"DTR_REDIS_URL": server.url, "DTR_JOB": job, "DTR_STAGING": str(folder / "staging"), "DTR_BARRIER_TIMEOUT_S": "60", **settings}
+    with contextlib.ExitStack() as running:
+        count = itertools.count()
+
+        def launch(*options: str, stderr: int | None = None, **more: str) -> Launcher:
+            launcher = Launcher(folder / f"launch-{next(count)}", "--no-uploader", *options, env={**env, **more}, stderr=stderr)
+            return running.enter_context(launcher)
+
+        yield launch
 
 
 def _marked(mark: str) -> Sequence[int]:

@@ -166,6 +166,12 @@ class FaultyS3:
         with self._lock:
             self._faults.append(Fault(action, times, method, path))
 
+    def forget(self) -> None:
+        """Behave from now on, and count anew."""
+        with self._lock:
+            for seen in (self._faults, self.requests, self.met):
+                seen.clear()
+
     def _take(self, handler: BaseHTTPRequestHandler) -> str:
         with self._lock:
             self.requests.append(f"{handler.command} {handler.path}")

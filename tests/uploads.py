@@ -27,7 +27,7 @@ from dtr.store import open_store
 from tests.staged import PlainLayout
 
 ROOT = Path(__file__).parent.parent
-LIMITS = Limits(lease_s=1.0, max_attempts=3)
+LIMITS = Limits(lease_s=0.6, max_attempts=3)
 
 
 class Training:
@@ -178,7 +178,7 @@ UPLOAD = """
 import sys
 from dtr.checkpoint.upload import Limits, Uploader
 url, staging, host, job, run, step, rank = sys.argv[1:]
-uploader = Uploader(redis_url=url, staging=staging, host=host, limits=Limits(lease_s=1.0, max_attempts=3))
+uploader = Uploader(redis_url=url, staging=staging, host=host, limits=Limits(lease_s=0.6, max_attempts=3))
 print(uploader.settle(job, run, int(step)) if rank == "settle" else uploader.upload_part(job, run, int(step), int(rank)), flush=True)
 """
 

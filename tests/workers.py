@@ -18,7 +18,9 @@ from dtr.state.keys import uploader
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
-QUICK = {"DTR_SCAN_INTERVAL_S": "0.3", "DTR_LEASE_S": "1", "DTR_UPLOAD_PROCESSES": "2", "DTR_MAX_ATTEMPTS": "3"}
+QUICK = {
+    "DTR_SCAN_INTERVAL_S": "0.3", "DTR_LEASE_S": "1", "DTR_UPLOAD_PROCESSES": "2", "DTR_MAX_ATTEMPTS": "3", "DTR_SHUTDOWN_GRACE_S": "2",
+}  # fmt: skip
 
 
 def celery(*args: str, url: str, staging: Path | str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -48,9 +50,9 @@ def end(child: subprocess.Popen[str]) -> None:
 
 
 @contextlib.contextmanager
-def worker(*, url: str, staging: Path | str, args: tuple[str, ...] = (), **env: str) -> Iterator[subprocess.Popen[str]]:
+def worker(*, url: str, staging: Path | str, **env: str) -> Iterator[subprocess.Popen[str]]:
     """An uploader that is there: its presence is in Redis, and its pool has answered."""
-    child = celery("worker", *args, url=url, staging=staging, env={**QUICK, **env})
+    child = celery("worker", url=url, staging=staging, env={**QUICK, **env})
     try:
         wait_for_worker(child, url, staging)
         yield child
@@ -65,7 +67,7 @@ def wait_for_worker(child: subprocess.Popen[str], url: str, staging: Path | str)
 
         def there() -> bool:
             assert child.poll() is None, log_of(child)
-            return client.hget(key, "pid") == str(child.pid)
+            return bool(client.hget(key, "pid") == str(child.pid))
 
         eventually(there, timeout_s=60, what="an uploader's presence")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from logging.handlers import QueueHandler, QueueListener
+from queue import SimpleQueue
+from typing import Any
 
 from dtr.errors import DtrError
 
@@ -87,6 +91,24 @@ def _beat(argv: Sequence[str]) -> int:
     return serve(sys.stdin.fileno(), sys.stdout.fileno())
 
 
+@contextlib.contextmanager
+def _log_lines(name: str) -> Iterator[None]:
+    """Log lines go to stderr by a thread of their own: one that does not flow (a pager) must not hold up the launcher's loop."""
+    root, waiting = logging.getLogger(), SimpleQueue[Any]()
+    target, source = logging.StreamHandler(), QueueHandler(waiting)
+    target.setFormatter(logging.Formatter(f"{name}: %(message)s"))
+    writer = QueueListener(waiting, target)
+    logging.raiseExceptions = False  # a closed stderr must not end a launch
+    logging.getLogger("worker_agent").setLevel(logging.INFO)
+    root.addHandler(source)
+    writer.start()
+    try:
+        yield
+    finally:
+        root.removeHandler(source)
+        writer.stop()
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one of the two; the exit status. An error of dtr is one line."""
     commands = {"run": ("dtr run", _run), "beat": ("dtr beat", _beat)}
@@ -94,15 +116,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"usage: python -m worker_agent {{{','.join(commands)}}} ...", file=sys.stderr)
         return 2
     name, command = commands[argv[0]]
-    logging.raiseExceptions = False  # a closed stderr must not end a launch
-    logging.basicConfig(level=logging.WARNING, format=f"{name}: %(message)s")
-    logging.getLogger("worker_agent").setLevel(logging.INFO)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
-        return command(argv[1:])
-    except DtrError as exc:
-        logging.getLogger("worker_agent").error("%s", exc.message)
-        return exc.exit_code
+        with _log_lines(name):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+            try:
+                return command(argv[1:])
+            except DtrError as exc:
+                logging.getLogger("worker_agent").error("%s", exc.message)
+                return exc.exit_code
     except KeyboardInterrupt:
         return 130
 

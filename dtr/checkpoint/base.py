@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,13 @@ from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.store import Store
 
-__all__ = ["Held", "fix", "held", "settle"]
+__all__ = ["Held", "fix", "held", "is_known", "know", "settle"]
 
 log = logging.getLogger(__name__)
+
+
+# The runs of this process whose base is SET, as it learned by a restore that returned or a first save; and the store of each.
+_known: weakref.WeakKeyDictionary[Session, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,18 @@ def held(state: JobState, run: str) -> Held:
         base_state, base_run, base_step, store = state.redis.hmget(state.keys.run(run), ["base_state", "base_run", "base_step", "store"])
     base = (base_run, int(base_step)) if base_run and base_step else None
     return Held(state=base_state or "NONE", base=base, store=store or "")
+
+
+def is_known(session: Session, run: str, url: str) -> bool:
+    """Whether this process has learned that the base of ``run`` is SET, by a restore that returned or a first save. Asks nobody.
+
+    Raises:
+        CheckpointConflict: it is, and the run saves into another store than ``url``.
+    """
+    known = _known.get(session, {}).get(run)
+    if known is not None and known != url:
+        raise CheckpointConflict(f"run {run} saves into {known}, this manager into {url}: a run has one store", run=run)
+    return known is not None
 
 
 def fix(session: Session, store: Store, url: str, base: Checkpoint | None, *, patience_s: float) -> None:
@@ -106,12 +123,13 @@ def settle(session: Session, store: Store, url: str, *, restored: Checkpoint | N
         StoreUnavailable, CoordinatorUnavailable: try again later.
     """
     now = held(session.state, session.run.id)
-    if now.state != "NONE" and now.store != url:
-        raise CheckpointConflict(f"run {session.run.id} saves into {now.store}, this manager into {url}: a run has one store")
     if now.state == "SET":
+        know(session, now.store)
+        is_known(session, session.run.id, url)
         return
     if now.state == "CUT":  # another rank is about to set it: whoever comes may finish that
         fix(session, store, url, now.base, patience_s=0)
+        know(session, url)
         return
     store.probe()
     rebuild_missing(session.state, store, url)
@@ -125,6 +143,12 @@ def settle(session: Session, store: Store, url: str, *, restored: Checkpoint | N
                 run=session.run.id,
             )  # fmt: skip
     fix(session, store, url, restored, patience_s=0)
+    know(session, url)
+
+
+def know(session: Session, url: str) -> None:
+    """This process goes on from the base of its run, and saves into this store."""
+    _known.setdefault(session, {})[session.run.id] = url
 
 
 def _step(session: Session, phase: str, base: Checkpoint | None, url: str, newest_ms: int, after: Lineage) -> Any:

@@ -168,7 +168,7 @@ def _tell(state: JobState, store: Store, store_url: str, found: Manifest) -> str
     )
     if verdict == "UNKNOWN":  # Redis forgot it, or retention retired it while we slept: what the store says now is indexed
         verdict = index_checkpoint(state, store, store_url, found.run, found.step)
-    log.info("run %s step %d is %s%s", found.run, found.step, verdict or "retired", f": {found.reason}" if found.reason else "")
+    log.debug("run %s step %d is %s%s", found.run, found.step, verdict or "retired", f": {found.reason}" if found.reason else "")
     return verdict
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import builtins
 import logging
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from dtr import names
 from dtr.checkpoint import base
@@ -18,7 +22,7 @@ from dtr.checkpoint.lineage import Checkpoint, Lineage
 from dtr.checkpoint.parts import Fence, Spec
 from dtr.checkpoint.publisher import Publisher
 from dtr.checkpoint.rebuild import index_checkpoint, index_run, rebuild
-from dtr.checkpoint.restore import BaseIsSet, Restored, newest_settled, read_newest, restore_run
+from dtr.checkpoint.restore import Restored, newest_settled, read_newest, restore_run
 from dtr.checkpoint.stage import Stage
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
 from dtr.config import LauncherEnvironment, Settings
@@ -45,7 +49,8 @@ __all__ = ["CheckpointManager"]
 
 log = logging.getLogger(__name__)
 
-WRITER: int = 0  # of replicated state: every rank knows it without asking, and a run always has one
+FIRST_SAVE_S: Final = 5.0  # how long the first save of a run waits for Redis and the store to fix what the run continues
+WRITER: Final = 0  # of replicated state: every rank knows it without asking, and a run always has one
 
 
 class CheckpointManager:
@@ -96,7 +101,8 @@ class CheckpointManager:
         self._state: JobState | None = None
         self._stage = Stage()
         self._publisher: Publisher | None = None
-        self._based: set[str] = set()  # runs whose base is known to be SET
+        self._postponed: set[str] = set()  # runs whose base is left to the background
+        self._settling = threading.Lock()
         self._restored: Checkpoint | None = None
         self._attempts: dict[str, int] = {}
         self._pid, self._closed = os.getpid(), False
@@ -161,24 +167,28 @@ class CheckpointManager:
     # --- what the run continues -------------------------------------------------------------------------------------
 
     def _fix_base(self, session: Session) -> None:
-        """At the first save of a run: fix what it continues. With Redis or the store away, the background does it later."""
+        """At the first save of a run: fix what it continues. If Redis or the store is slow or away, the background does it later."""
         run = session.run.id
-        if run in self._based:
+        if base.is_known(session, run, self.url) or run in self._postponed:
             return
+        outcome: Future[None] = Future()
+        threading.Thread(target=_resolve, args=(outcome, partial(self._settle, session, run)), name="dtr-base", daemon=True).start()
         try:
-            self._settle(session, run)
+            outcome.result(FIRST_SAVE_S)
         except (CoordinatorRefused, StoreRefused):
             raise
-        except Unavailable as exc:
-            log.warning("what run %s continues is not on record yet; its saves are staged meanwhile: %s", run, exc)
+        except (Unavailable, FutureTimeout) as exc:
+            self._postponed.add(run)
+            log.warning("what run %s continues is not on record yet; until it is, its saves stay staged: %s", run, exc or "no answer yet")
 
     def _settle(self, session: Session, run: str) -> None:
-        base.settle(session, self._store, self.url, restored=self._restored, fresh=self._fresh)
-        self._based.add(run)
+        with self._settling:
+            if not base.is_known(session, run, self.url):
+                base.settle(session, self._store, self.url, restored=self._restored, fresh=self._fresh)
 
     def _settle_late(self, session: Session, run: str) -> None:
         """Return when the base of ``run`` is SET; called in the background, before anything of the run is published."""
-        if run in self._based:
+        if base.is_known(session, run, self.url) or base.held(session.state, run).state == "SET":
             return
         if session.run.id == run:
             try:
@@ -229,12 +239,9 @@ class CheckpointManager:
         session = self._known_session()
         if session is not None:
             run = session.run
-            if run.id not in self._based:
+            if not base.is_known(session, run.id, self.url):
                 session.check()
-                try:
-                    return self._restore_run(session, run, step, fresh)
-                except BaseIsSet:
-                    self._based.add(run.id)
+                return self._restore_run(session, run, step, fresh)
         rank, world_size = (session.run.rank, session.run.world_size) if session is not None else (self._rank, self._world_size)
         state = session.state if session is not None else self._own_state()
         found = read_newest(self._store, self.url, state, rank=rank, world_size=world_size, step=step, fresh=fresh)
@@ -249,7 +256,6 @@ class CheckpointManager:
             if exc.facts.get("final"):
                 self._attempts[run.id] = attempt + 1
             raise
-        self._based.add(run.id)
         return found
 
     # --- looking ----------------------------------------------------------------------------------------------------
@@ -353,3 +359,12 @@ class CheckpointManager:
 
     def _rebuild(self, state_id: str) -> int:
         return rebuild(self._own_state(), self.url, state_id=state_id)
+
+
+def _resolve(outcome: Future[None], call: Callable[[], None]) -> None:
+    try:
+        call()
+    except BaseException as exc:
+        outcome.set_exception(exc)
+    else:
+        outcome.set_result(None)

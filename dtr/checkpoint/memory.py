@@ -26,7 +26,7 @@ from dtr.checkpoint.slots import SlotFiles, slots_in, worker_folders
 from dtr.checkpoint.space import space_of
 from dtr.errors import StagingFull
 
-__all__ = ["WarmMaps", "grow", "is_reserved"]
+__all__ = ["Stopped", "WarmMaps", "grow", "is_reserved"]
 
 BUDGET_LOCK: Final = ".budget.lock"
 _CHUNK_BYTES: Final = 64 << 20  # one fallocate; a signal during it undoes and repeats it, so it is not the whole slot at once
@@ -46,7 +46,11 @@ def is_reserved(path: str, size_bytes: int) -> bool:
     return status.st_size == size_bytes and status.st_blocks * 512 >= size_bytes
 
 
-def grow(path: str, size_bytes: int, *, root: str, budget_bytes: int | None) -> None:
+class Stopped(Exception):
+    """The allocation was called off."""
+
+
+def grow(path: str, size_bytes: int, *, root: str, budget_bytes: int | None, stop: Callable[[], bool] = lambda: False) -> None:
     """Bring the file to exactly this size with every byte allocated; a file that cannot grow is left as it was.
 
     Args:
@@ -54,9 +58,11 @@ def grow(path: str, size_bytes: int, *, root: str, budget_bytes: int | None) -> 
         size_bytes: what it shall have.
         root: the folder whose slots the budget bounds.
         budget_bytes: upper bound of all slots under ``root``; None: none.
+        stop: asked now and then; True calls it off.
 
     Raises:
         StagingFull: with ``needed_bytes``, ``free_bytes`` and ``budget_bytes``.
+        Stopped: ``stop`` said so.
     """
     descriptor = _open(path)
     try:
@@ -65,7 +71,7 @@ def grow(path: str, size_bytes: int, *, root: str, budget_bytes: int | None) -> 
             os.ftruncate(descriptor, size_bytes)
         try:
             _claim(descriptor, path, size_bytes, root, budget_bytes)
-            _allocate(descriptor, path, size_bytes)
+            _allocate(descriptor, path, size_bytes, stop)
         except BaseException:
             if before:
                 os.ftruncate(descriptor, min(before, size_bytes))
@@ -125,11 +131,13 @@ def _budget(root: str) -> Iterator[None]:
         yield
 
 
-def _allocate(descriptor: int, path: str, size_bytes: int) -> None:
+def _allocate(descriptor: int, path: str, size_bytes: int, stop: Callable[[], bool]) -> None:
     if os.fstat(descriptor).st_blocks * 512 >= size_bytes:
         return
     try:
         for start in range(0, size_bytes, _CHUNK_BYTES):
+            if stop():
+                raise Stopped
             os.posix_fallocate(descriptor, start, min(_CHUNK_BYTES, size_bytes - start))
     except OSError as exc:
         if exc.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:

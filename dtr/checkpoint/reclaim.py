@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable
 
 from dtr.checkpoint.locks import try_lock
 from dtr.checkpoint.slots import OWNER_LOCK, Found, look, roots, slots_in, worker_folders
+
+log = logging.getLogger(__name__)
 
 __all__ = ["close_folder", "free_torn", "reclaim"]
 
@@ -22,8 +25,12 @@ def reclaim(staging: str) -> int:
 
 
 def _reclaim_folder(folder: str) -> int:
-    free_torn(look(files) for files in slots_in(folder))
-    return close_folder(folder)
+    try:
+        free_torn(look(files) for files in slots_in(folder))
+        return close_folder(folder)
+    except OSError as exc:  # one folder that is not ours must not keep the others
+        log.warning("the staging folder %s cannot be reclaimed: %s", folder, exc)
+        return 0
 
 
 def free_torn(slots: Iterable[Found]) -> None:

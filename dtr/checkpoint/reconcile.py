@@ -8,6 +8,7 @@ store and no bytes, so it is quick, and may run beside a pool that forks.
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from dtr.checkpoint import parts
 from dtr.checkpoint.locks import is_held
 from dtr.checkpoint.parts import CheckpointView, PartView
 from dtr.checkpoint.reclaim import reclaim
-from dtr.checkpoint.slots import OWNER_LOCK, Found, finish, scan, scan_job
+from dtr.checkpoint.slots import OWNER_LOCK, Found, fallback, finish, scan, scan_job
 from dtr.checkpoint.upload import register_slot
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import CheckpointError, InvalidInput, Recovering, RunUnknown, StateCorrupt, StateLost
@@ -118,6 +119,9 @@ class Reconciler:
         found.slots, found.staged = len(slots), len(staged)
         found.staged_bytes = sum(slot.record.size_bytes for slot in staged if slot.record is not None)
         self._seen = set()
+        elsewhere = fallback(self.staging)
+        if elsewhere and not os.path.isdir(elsewhere):
+            self._once(("fallback",), f"trainers of this host stage in {elsewhere}, which this uploader does not see: share that folder")
         for job in sorted(self._jobs() | {slot.record.job for slot in staged if slot.record is not None}):
             state = JobState(self.redis_url, job, client=self._redis)
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from dtr.checkpoint import base
@@ -26,7 +26,7 @@ from dtr.state.exchange import Exchange
 from dtr.state.job import JobState
 from dtr.store import Store
 
-__all__ = ["BaseIsSet", "Restored", "newest_settled", "read_newest", "restore_run"]
+__all__ = ["Restored", "newest_settled", "read_newest", "restore_run"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def restore_run(
 ) -> Restored | None:
     """Restore the session's run; collective: returns on every rank, with the same checkpoint, when what the run continues is fixed.
 
+    A rank that comes when that was fixed without it (its own call was cut short) gets the very same checkpoint.
+
     Args:
         session: in a run whose base is not fixed.
         store: of the job.
@@ -59,11 +61,14 @@ def restore_run(
         settle_s: how long to wait for staged saves; None: the usual time.
 
     Raises:
-        BaseIsSet: nothing was done, since the run continues something already.
         NoCheckpoint, RestoreFailed, WorldSizeMismatch, RosterChanged, CoordinatorUnavailable, StoreUnavailable.
     """
     started = time.monotonic()
     run, settings = session.run, session.settings
+    now = base.held(session.state, run.id)
+    if now.state == "SET":
+        base.know(session, now.store)
+        return _late(session, store, url, now.base, step, fresh=fresh)
     store.probe()
     if run.rank == 0:
         rebuild_missing(session.state, store, url)
@@ -81,20 +86,29 @@ def restore_run(
             fix_base=lambda chosen: base.fix(session, store, url, chosen, patience_s=STORE_PATIENCE_S),
             patience_s=settings.form_timeout_s,
         ).reach()  # fmt: skip
+    except BaseIsSet:
+        base.know(session, url)
+        return _late(session, store, url, base.held(session.state, run.id).base, step, fresh=fresh)
     except NoCheckpoint as exc:
         if step is None:
             raise
         raise NoCheckpoint(f"{url} holds no checkpoint of step {step} on the job's lineage", step=step, **exc.facts) from None
     finally:
         exchange.close()
-    if reached is None:
-        return None
-    return _restored(*reached, started)
+    base.know(session, url)
+    return None if reached is None else _restored(*reached, started)
+
+
+def _late(session: Session, store: Store, url: str, continued: Checkpoint | None, step: int | None, *, fresh: bool) -> Restored | None:
+    """What the run continues; of a run that began anew, the newest that it has committed since."""
+    run, only = session.run, continued if step is None else None
+    return read_newest(store, url, session.state, rank=run.rank, world_size=run.world_size, step=step, fresh=fresh, only=only)
 
 
 def read_newest(
-    store: Store, url: str, state: JobState | None, *, rank: int, world_size: int, step: int | None, fresh: bool
-) -> Restored | None:
+    store: Store, url: str, state: JobState | None, *, rank: int, world_size: int, step: int | None, fresh: bool,
+    only: Checkpoint | None = None,
+) -> Restored | None:  # fmt: skip
     """Read the newest checkpoint of the lineage that verifies, and change nothing.
 
     Args:
@@ -105,6 +119,7 @@ def read_newest(
         world_size: ranks of the reader's side.
         step: only a checkpoint of this step; None: the newest.
         fresh: None is an answer if there is no checkpoint at all.
+        only: no other checkpoint than this one.
 
     Raises:
         NoCheckpoint, RestoreFailed, WorldSizeMismatch, StoreUnavailable.
@@ -112,6 +127,8 @@ def read_newest(
     started = time.monotonic()
     holdings = survey(store)
     lineage = lineage_of(store, url, holdings, state)
+    if only is not None:
+        holdings = replace(holdings, decided=holdings.decided & {only})
     offer = gather(store, lineage, holdings, rank=rank, world_size=world_size, step=step)
     reasons = dict(offer.rejected)
     for candidate in offer.candidates:

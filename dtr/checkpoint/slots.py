@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import mmap
 import os
 import secrets
@@ -35,6 +36,7 @@ __all__ = [
     "SlotFiles",
     "SlotRecord",
     "boot_id",
+    "fallback",
     "finish",
     "open_for_reading",
     "roots",
@@ -47,6 +49,8 @@ OWNER_LOCK: Final = "owner.lock"
 FALLBACK: Final = ".fallback"
 _VERSION: Final = 1
 _LONGEST_RECORD: Final = 16 << 20
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["STAGED", "COPYING", "TORN", "DONE", "FREE", "FOREIGN"]
 
@@ -201,12 +205,18 @@ def worker_folder(root: str, job: str, worker: str) -> str:
 
 def roots(staging: str) -> list[str]:
     """The staging folder, and the disk folder that trainers fell back to when shared memory was too small, if they did."""
+    other = fallback(staging)
+    return [staging, other] if os.path.isdir(other) else [staging]
+
+
+def fallback(staging: str) -> str:
+    """The disk folder that trainers of this host fell back to, whether or not this process sees it; '' if none did."""
     try:
         with open(f"{staging}/{FALLBACK}", encoding="utf-8") as file:
             other = file.read().strip()
     except (OSError, UnicodeDecodeError):
-        return [staging]
-    return [staging, other] if os.path.isabs(other) and os.path.isdir(other) else [staging]
+        return ""
+    return other if os.path.isabs(other) else ""
 
 
 def scan(staging: str) -> list[Found]:
@@ -238,7 +248,15 @@ def slots_in(folder: str) -> list[SlotFiles]:
 
 
 def look(files: SlotFiles) -> Found:
-    """One slot as it is now."""
+    """One slot as it is now; one that cannot be looked at (somebody else's files) is FOREIGN."""
+    try:
+        return _look(files)
+    except OSError as exc:
+        log.warning("slot %d of %s cannot be read and is left alone: %s", files.index, files.folder, exc)
+        return Found(files=files, record=None, kind="FOREIGN")
+
+
+def _look(files: SlotFiles) -> Found:
     record = files.read()
     if record is None:
         return Found(files=files, record=None, kind=_without_record(files))
@@ -251,7 +269,7 @@ def look(files: SlotFiles) -> Found:
             return Found(files=files, record=record, kind="COPYING")
         # It may have become STAGED between the read and the look at the lock; if it still says COPYING, nobody is copying.
         again = files.read()
-        return Found(files=files, record=record, kind="TORN") if again == record else look(files)
+        return Found(files=files, record=record, kind="TORN") if again == record else _look(files)
     kind: Kind = "STAGED" if files.size_bytes() == record.size_bytes else "TORN"
     return Found(files=files, record=record, kind=kind)
 

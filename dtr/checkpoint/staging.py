@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from dtr import names
 from dtr.checkpoint.locks import Hold, try_lock
-from dtr.checkpoint.memory import WarmMaps, grow, is_reserved
+from dtr.checkpoint.memory import Stopped, WarmMaps, grow, is_reserved
 from dtr.checkpoint.reclaim import close_folder, reclaim
 from dtr.checkpoint.slots import FALLBACK, OWNER_LOCK, SlotFiles, SlotRecord, look, slots_in, worker_folder
 from dtr.checkpoint.space import space_of
@@ -195,7 +195,6 @@ class Arena:
 
     def prepare(self, size_bytes: int) -> None:
         """Make the slots that are still missing in the background, their pages touched, so that no later save waits for memory."""
-        self._check()
         with self._mutex:
             if self._closed or (self._warming is not None and self._warming.is_alive()) or len(self._existing()) >= self.slots:
                 return
@@ -335,8 +334,10 @@ class Arena:
                 if hold is None:
                     return
                 with hold:
-                    grow(files.data, size_bytes, root=self.staging, budget_bytes=self._budget_of(files))
+                    grow(files.data, size_bytes, root=self.staging, budget_bytes=self._budget_of(files), stop=lambda: self._closed)
                     self.maps.warm(files, size_bytes, stop=lambda: self._closed)
+        except Stopped:
+            pass
         except StagingFull as exc:
             _log.warning("staging goes on with fewer than %d slots: %s", self.slots, exc.message)
         except Exception:
@@ -350,7 +351,10 @@ class Arena:
     def _own(self, folder: str) -> None:
         """Hold the folder's owner lock, so that nobody takes us for dead; makes the folder if need be."""
         if folder in self._owners:
-            return
+            if os.path.exists(f"{folder}/{OWNER_LOCK}"):
+                return
+            _log.warning("the staging folder %s was removed under this trainer; it is made anew", folder)
+            self._owners.pop(folder).release()
         deadline = self.clock.monotonic() + 10
         while True:
             with contextlib.suppress(FileNotFoundError):  # a reclaimer removed the folder between the two calls

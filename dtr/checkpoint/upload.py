@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from dtr.checkpoint import checksum, parts
+from dtr.checkpoint import checksum, parts, retention
 from dtr.checkpoint.commit import discard, object_key, settle
 from dtr.checkpoint.parts import Claim, Fence, Spec, StagedPart
 from dtr.checkpoint.rebuild import rebuild, rebuild_missing
@@ -40,6 +40,7 @@ from dtr.errors import (
 )
 from dtr.failpoints import failpoint
 from dtr.membership import open_state
+from dtr.state.client import connect
 from dtr.state.job import JobState
 from dtr.store import Store, open_store
 
@@ -87,7 +88,7 @@ class Limits:
 
 
 class Uploader:
-    """Carries the parts of one host. Holds connections, so each process makes its own; not for use by two threads at once.
+    """Carries the parts of one host. Holds connections, so each process makes its own; its threads may share it.
 
     Args:
         redis_url: the coordinator.
@@ -108,8 +109,8 @@ class Uploader:
     ) -> None:
         self.redis_url, self.staging, self.host, self.limits = redis_url, staging, host, limits
         self._stopping = stopping
-        self._states: dict[str, JobState] = {}
-        self._stores: dict[tuple[str, str], Store] = {}
+        self._redis = connect(redis_url, name="dtr-upload")
+        self._stores: dict[str, Store] = {}
 
     def upload_part(self, job: str, run: str, step: int, rank: int) -> str:
         """Upload one part, unless somebody else does or did; returns a word about what was found or done.
@@ -148,6 +149,8 @@ class Uploader:
             now = settle(state, self._store(view.store, job), run, step)
         if now in _DECIDED:
             self.free(job, run, step, _DECIDED[now], view.reason, saves={part.save for part in view.parts.values()})
+        if now == "COMMITTED" and view.state != now:
+            self._retire(state, self._store(view.store, job))
         return now
 
     def free(self, job: str, run: str, step: int, outcome: str, reason: str, *, saves: set[str]) -> None:
@@ -157,14 +160,18 @@ class Uploader:
             if found.kind == "STAGED" and record is not None and (record.run, record.step) == (run, step) and record.save in saves:
                 finish(found, outcome, reason)
 
+    def _retire(self, state: JobState, store: Store) -> None:
+        """Let go of what the new commit made superfluous; what fails here is done after the next one."""
+        try:
+            retention.collect(store, state)
+        except DtrError as exc:
+            log.warning("job %s: retention goes on after the next commit: %s", state.job, exc)
+
     def close(self) -> None:
         """Close all connections."""
-        for state in self._states.values():
-            state.close()
+        self._redis.close()
         for store in self._stores.values():
             store.close()
-        self._states.clear()
-        self._stores.clear()
 
     # --- claiming ---
 
@@ -303,14 +310,12 @@ class Uploader:
     # --- connections ---
 
     def _state(self, job: str) -> JobState:
-        if job not in self._states:
-            self._states[job] = JobState(self.redis_url, job, name="dtr-upload")
-        return self._states[job]
+        return JobState(self.redis_url, job, client=self._redis)
 
     def _store(self, url: str, job: str) -> Store:
-        if (url, job) not in self._stores:
-            self._stores[url, job] = open_store(url).child(job)
-        return self._stores[url, job]
+        if url not in self._stores:
+            self._stores[url] = open_store(url)
+        return self._stores[url].child(job)
 
 
 def _put(store: Store, key: str, reading: Reading, progress: Callable[[int], None]) -> None:

@@ -9,8 +9,8 @@ from typing import Final
 import rich_click as click
 
 from dtr.config import Settings
-from dtr.errors import Unavailable
-from dtr.stack import ServiceFailed, Stack, Up, default_home
+from dtr.errors import ServiceFailed, Unavailable
+from dtr.stack import Stack, Up, default_home
 from dtr.stack.follow import Follower
 
 __all__ = ["down", "up"]
@@ -75,7 +75,7 @@ def down(home: Path | None) -> None:
 
 
 def _show(stack: Stack, found: Up) -> None:
-    click.echo(f"{'up' if found.started else 'already up'}, in {stack.home.path}")
+    click.echo(f"{'up' if found.started else 'already up'}, data and logs in {stack.home.path}")
     if found.record.adopted:
         click.echo(f"  {'redis':<9} {found.record.url}, which was there already and is never stopped")
     for service in found.record.services:

@@ -3,6 +3,5 @@
 from dtr.stack.home import Home, Record, Running, default_home
 from dtr.stack.server import listening
 from dtr.stack.stack import Down, Stack, Up
-from dtr.stack.supervisor import ServiceFailed
 
-__all__ = ["Down", "Home", "Record", "Running", "ServiceFailed", "Stack", "Up", "default_home", "listening"]
+__all__ = ["Down", "Home", "Record", "Running", "Stack", "Up", "default_home", "listening"]

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from dtr.clock import SYSTEM, Clock
 
-__all__ = ["ProcessId", "alive", "identify", "send", "start", "stop"]
+__all__ = ["ProcessId", "alive", "identify", "send", "start", "stop", "stop_each"]
 
 _TETHER: Final = str(Path(__file__).with_name("tether.py"))
 _POLL_S: Final = 0.05
@@ -84,7 +84,14 @@ def start(argv: Sequence[str], *, log: Path, cwd: Path, env: Mapping[str, str] |
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd, env=env, start_new_session=True)
 
 
-def stop(graces_s: Mapping[ProcessId, float], *, hurried: Callable[[], bool] = lambda: False, clock: Clock = SYSTEM) -> list[ProcessId]:
+def stop(processes: Sequence[ProcessId], *, grace_s: float) -> list[ProcessId]:
+    """:func:`stop_each` with one grace for all."""
+    return stop_each(dict.fromkeys(processes, grace_s))
+
+
+def stop_each(
+    graces_s: Mapping[ProcessId, float], *, hurried: Callable[[], bool] = lambda: False, clock: Clock = SYSTEM
+) -> list[ProcessId]:
     """End these processes and what they started: SIGTERM to each, then, when its grace is over, SIGKILL to its session.
 
     Only the first process of a session gets the SIGTERM: Celery's children die of one, and their parent lets them finish.

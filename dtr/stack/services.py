@@ -132,7 +132,7 @@ def flower_service(settings: Settings) -> Service:
         argv=(sys.executable, "-m", "celery", "-A", "tasks", "flower", "--address=127.0.0.1", f"--port={port}"),
         address=f"http://127.0.0.1:{port}",
         probe=Probe(kind="http", target=f"127.0.0.1:{port}/healthcheck"),
-        grace_s=3.0,  # it holds nothing that could be lost, and version 2.2 sometimes hangs at its end
+        grace_s=3.0,  # it holds nothing that could be lost
     )
 
 

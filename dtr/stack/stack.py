@@ -23,11 +23,11 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from dtr.config import Settings
-from dtr.errors import ConfigError, CoordinatorUnavailable, Unavailable
+from dtr.errors import ConfigError, CoordinatorUnavailable, ServiceFailed, Unavailable
 from dtr.stack import processes, server
 from dtr.stack.home import Home, Lock, Record
 from dtr.stack.services import Plan, Service, environment, flower_service, redis_service, uploader_service
-from dtr.stack.supervisor import ServiceFailed, sweep
+from dtr.stack.supervisor import failed, sweep
 from dtr.state.client import check_url, mask
 
 __all__ = ["Down", "Stack", "Up", "make_plan"]
@@ -232,7 +232,7 @@ class Stack:
                 stdin.write(plan.encode().encode())
             line = _read_line(child.stdout.fileno(), _READY_WITHIN_S)
         if not line:
-            raise ServiceFailed.because("the supervisor ended without an answer", self.home.log("stack"))
+            raise failed("the supervisor ended without an answer", self.home.log("stack"))
         answer = json.loads(line)
         if answer["state"] == "busy":
             return None

@@ -16,17 +16,17 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from dtr.clock import SYSTEM, Clock
-from dtr.errors import Unavailable
+from dtr.errors import ServiceFailed, Unavailable
 from dtr.stack import processes
 from dtr.stack.home import Home, Lock, Record, Running
 from dtr.stack.processes import ProcessId
 from dtr.stack.services import Plan, Service
 from dtr.state.client import mask
 
-__all__ = ["ServiceFailed", "Supervisor", "restart_delay_s", "sweep", "tail"]
+__all__ = ["Supervisor", "failed", "restart_delay_s", "sweep"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +34,6 @@ TICK_S: Final = 0.25
 _STABLE_S: Final = 60.0
 _SWEEP_GRACE_S: Final = 20.0
 _TAIL_BYTES: Final = 2_000
-
-
-class ServiceFailed(Unavailable):
-    """A service of the local stack did not start; the message has the last line of its log, the fact ``tail`` more of it."""
-
-    @classmethod
-    def because(cls, what: str, log: Path) -> Self:
-        """The error that says ``what``, with the end of that log."""
-        end = tail(log)
-        last = end.splitlines()[-1].strip() if end else "it is empty"
-        return cls(f"{what}; the last line of {log}: {last}", tail=end)
 
 
 class _Unwanted(Exception):
@@ -58,14 +47,20 @@ def sweep(home: Home) -> list[str]:
         return []
     running = [service for service in record.services if processes.alive(service.process)]
     for service in reversed(running):
-        processes.stop({service.process: _SWEEP_GRACE_S})
+        processes.stop([service.process], grace_s=_SWEEP_GRACE_S)
     home.forget()
     home.keep(wanted=False)
     return [service.name for service in running]
 
 
-def tail(log: Path) -> str:
-    """The end of a log, for a message."""
+def failed(what: str, log: Path) -> ServiceFailed:
+    """The error that says ``what``, with the end of that log."""
+    end = _tail(log)
+    last = end.splitlines()[-1].strip() if end else "it is empty"
+    return ServiceFailed(f"{what}; the last line of {log}: {last}", tail=end)
+
+
+def _tail(log: Path) -> str:
     if not log.exists():
         return ""
     with log.open("rb") as file:
@@ -165,7 +160,7 @@ class Supervisor:
             what = f"did not answer within {kept.service.ready_within_s:g} s"
         else:
             return
-        raise ServiceFailed.because(f"{kept.service.name} {what}", self._home.log(kept.service.name))
+        raise failed(f"{kept.service.name} {what}", self._home.log(kept.service.name))
 
     def _start(self, kept: _Kept) -> None:
         log = self._home.log(kept.service.name)
@@ -193,7 +188,7 @@ class Supervisor:
         kept.start_at = now + delay_s
         kept.child = None
         if kept.process is not None:
-            processes.stop({kept.process: 0.0})  # what is left of its session
+            processes.stop([kept.process], grace_s=0)  # what is left of its session
         logger.warning("%s ended by itself with status %s; it starts again in %g s", kept.service.name, status, delay_s)
 
     @staticmethod
@@ -219,7 +214,7 @@ class Supervisor:
         graces_s = {process: service.grace_s for process, service in found.items()}
         before = self._stop_requests
         # A second Ctrl-C or SIGTERM is meant seriously.
-        for process in processes.stop(graces_s, hurried=lambda: self._stop_requests > max(before, 1)):
+        for process in processes.stop_each(graces_s, hurried=lambda: self._stop_requests > max(before, 1)):
             logger.info("%s did not end within %g s of SIGTERM and was killed", found[process].name, graces_s[process])
 
     def _write(self) -> None:

@@ -132,7 +132,7 @@ def is_abandoned(path: str) -> Iterator[bool]:
     """Whether the writer of a temporary file is gone; while the block runs nobody else can take it for his own."""
     try:
         fd = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # gone, or another user's
         yield False
         return
     try:
@@ -168,7 +168,7 @@ def link_absent(path: str, target: str) -> None:
     except FileExistsError as exc:
         # A network file system that resends a request whose reply was lost reports its own success as a failure.
         if not _same_file(path, target):
-            raise AlreadyExists(f"{target} exists already", key=target, maybe_ours=False) from exc
+            raise AlreadyExists(f"{target} exists already", maybe_ours=False) from exc
     except OSError as exc:
         if exc.errno not in _NO_LINKS:
             raise
@@ -191,7 +191,7 @@ def _rename_noreplace(path: str, target: str) -> None:
             return
         code = ctypes.get_errno()
     if code == errno.EEXIST:
-        raise AlreadyExists(f"{target} exists already", key=target, maybe_ours=False)
+        raise AlreadyExists(f"{target} exists already", maybe_ours=False)
     if code in _NO_NOREPLACE:
         raise ConditionalPutUnsupported(
             f"the file system of {os.path.dirname(target)} has neither link(2) nor renameat2(RENAME_NOREPLACE), so it cannot hold"

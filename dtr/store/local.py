@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -131,7 +132,11 @@ class LocalStore(Store):
                     raise IntegrityError(f"{key}: {written} bytes were written instead of {size_bytes}", key=key)
                 os.fsync(fd)
             with self._translated("commit", key, unknown=True):
-                publish(fd, path, target, if_absent=if_absent)
+                try:
+                    publish(fd, path, target, if_absent=if_absent)
+                except AlreadyExists as exc:
+                    exc.facts["key"] = key
+                    raise
 
     # --- reading ---
 
@@ -168,7 +173,7 @@ class LocalStore(Store):
         with self._reading(key) as fd:
             size_bytes = max(0, min(len(view), os.fstat(fd).st_size - offset))
 
-            def read(piece: Piece) -> None:
+            def read(piece: Piece, over: threading.Event) -> None:
                 _read_exactly(fd, offset + piece.start, view[piece.start : piece.end], key)
 
             threads = min(_READ_THREADS, os.cpu_count() or 1) if size_bytes > _READ_PIECE_BYTES else 1
@@ -210,6 +215,7 @@ class LocalStore(Store):
     # --- the rest ---
 
     def delete(self, key: str) -> None:
+        """Not synced: what a power cut brings back is garbage that is deleted again."""
         path = self._path(key)
         with self._translated("delete", key):
             try:

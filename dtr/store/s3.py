@@ -10,16 +10,26 @@ import base64
 import contextlib
 import email.utils
 import logging
-import mmap
 import os
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 from dtr.clock import SYSTEM, Clock
-from dtr.errors import AlreadyExists, ConditionalPutUnsupported, DtrError, IntegrityError, InvalidInput, NotFound, StoreRefused
+from dtr.errors import (
+    AlreadyExists,
+    ConditionalPutUnsupported,
+    DtrError,
+    IntegrityError,
+    InvalidInput,
+    NotFound,
+    StoreRefused,
+    StoreUnavailable,
+)
 from dtr.failpoints import failpoint
 from dtr.store.base import (
     RESERVED,
@@ -36,33 +46,16 @@ from dtr.store.base import (
 )
 from dtr.store.pieces import Piece, cut, move
 from dtr.store.s3_location import S3Location
+from dtr.store.s3_parts import PART_BYTES, Part, combined, crc_of, mapped, part_bytes
 from dtr.store.s3_requests import Requests
 
-__all__ = ["PART_BYTES", "S3Store", "part_bytes"]
+__all__ = ["S3Store"]
 
 _log = logging.getLogger(__name__)
-PART_BYTES: Final = 16 << 20
 _LARGEST_BYTES: Final = 5 << 40
-_MOST_PARTS: Final = 9_000
 _PART_THREADS: Final = 4
 _READ_BYTES: Final = 8 << 20
 _READ_THREADS: Final = 8
-
-
-def part_bytes(size_bytes: int) -> int:
-    """The size of parts: 16 MiB, or the whole MiB from which 9,000 parts suffice (S3 allows 10,000)."""
-    needed = -(-size_bytes // _MOST_PARTS)
-    return max(PART_BYTES, -(-needed >> 20) << 20)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """One part as the service acknowledged it."""
-
-    number: int
-    size_bytes: int
-    etag: str
-    crc: int
 
 
 class S3Store(Store):
@@ -87,10 +80,13 @@ class S3Store(Store):
             self.probe()
         self._put(key, content, if_absent=if_absent)
 
-    def _put(self, key: str, content: memoryview, *, if_absent: bool, resend: bool = False) -> None:
+    def _put(
+        self, key: str, content: memoryview, *, if_absent: bool, resend: bool = False, before_retry: Callable[[], None] | None = None
+    ) -> None:
         failpoint("store.s3.before_put")
-        options = {**_condition(if_absent), **self._checksum(_crc(content))}
-        answer = self._send("PutObject", key, conditional=if_absent and not resend, content=content, **options)
+        options = {**_condition(if_absent), **self._checksum(crc_of(content))}
+        conditional = if_absent and not resend
+        answer = self._send("PutObject", key, conditional=conditional, content=content, before_retry=before_retry, **options)
         failpoint("store.s3.after_put")
         self._check_answer(key, answer, options)
 
@@ -111,14 +107,25 @@ class S3Store(Store):
             check_size(size_bytes, offset, os.fstat(fd).st_size)
             if if_absent:
                 self.probe()
-            with _mapped(fd, offset, size_bytes) as content:
+            with mapped(fd, offset, size_bytes) as content:
                 if size_bytes <= PART_BYTES:
-                    self._put(key, content, if_absent=if_absent)
                     if progress:
-                        progress(size_bytes)
+                        progress(size_bytes)  # before it is visible, so that it can still be cancelled
+                    self._put(key, content, if_absent=if_absent, before_retry=partial(progress, size_bytes) if progress else None)
                 else:
                     self._put_parts(key, content, if_absent, progress)
-        if (stored := self.size(key)) != size_bytes:
+        self._check_size(key, size_bytes)
+
+    def _check_size(self, key: str, size_bytes: int) -> None:
+        """The service has acknowledged the object, so failing to see it now is not the same as a failed write."""
+        try:
+            stored = self.size(key)
+        except NotFound as exc:
+            raise StoreUnavailable(f"{self.url}: {key} was stored and is gone", key=key, unknown=True) from exc
+        except StoreUnavailable as exc:
+            exc.facts["unknown"] = True
+            raise
+        if stored != size_bytes:
             raise IntegrityError(f"{self.url} holds {stored} bytes of {key}, {size_bytes} were sent", key=key)
 
     def _put_parts(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None) -> None:
@@ -127,15 +134,16 @@ class S3Store(Store):
                 self.size(key)
                 raise AlreadyExists(f"{self.url} holds {key} already", key=key, maybe_ours=False)
         declared = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"} if self._requests.checksums else {}
-        upload_id = self._send("CreateMultipartUpload", key, **declared)["UploadId"]
-        parts: dict[int, _Part] = {}
+        created = self._send("CreateMultipartUpload", key, **declared)
+        upload_id = created["UploadId"]
+        parts: dict[int, Part] = {}
 
-        def send(piece: Piece) -> None:
+        def send(piece: Piece, over: threading.Event) -> None:
             body = content[piece.start : piece.end]
-            crc = _crc(body)
+            crc = crc_of(body)
             options = {"UploadId": upload_id, "PartNumber": piece.number, **self._checksum(crc)}
-            etag = self._send("UploadPart", key, content=body, **options)["ETag"]
-            parts[piece.number] = _Part(number=piece.number, size_bytes=piece.size_bytes, etag=etag, crc=crc)
+            etag = self._send("UploadPart", key, content=body, before_retry=partial(_go_on, over), **options)["ETag"]
+            parts[piece.number] = Part(number=piece.number, size_bytes=piece.size_bytes, etag=etag, crc=crc)
 
         try:
             failpoint("store.s3.after_create")
@@ -147,12 +155,15 @@ class S3Store(Store):
             if not getattr(exc, "unknown", False):
                 self._abort(key, upload_id)
             raise
+        finally:
+            if created["Attempts"] > 1 and if_absent:  # an answer was lost: the upload that it named is nobody's
+                self._abort_others(key, upload_id)
         failpoint("store.s3.after_complete")
 
-    def _complete(self, key: str, upload_id: str, parts: list[_Part], *, if_absent: bool) -> None:
+    def _complete(self, key: str, upload_id: str, parts: list[Part], *, if_absent: bool) -> None:
         options = _condition(if_absent)
         if self._requests.checksums:
-            options |= {**self._checksum(_combined(parts)), "ChecksumType": "FULL_OBJECT"}
+            options |= {**self._checksum(combined(parts)), "ChecksumType": "FULL_OBJECT"}
         named = [{"PartNumber": part.number, "ETag": part.etag, **self._checksum(part.crc)} for part in parts]
         # Not to be sent again even without a condition: a second completion would meet the end of the first.
         answer = self._send(
@@ -167,6 +178,15 @@ class S3Store(Store):
             pass  # gone already
         except DtrError as exc:
             _log.warning("upload of %s stays open until abort_uploads: %s", key, exc, extra={"key": key})
+
+    def _abort_others(self, key: str, upload_id: str) -> None:
+        try:
+            others = [other for found, other in self._open_uploads(key, 0.0) if found == key and other != upload_id]
+        except DtrError as exc:
+            _log.warning("an upload of %s may stay open until abort_uploads: %s", key, exc, extra={"key": key})
+            return
+        for other in others:
+            self._abort(key, other)
 
     def _checksum(self, crc: int) -> dict[str, Any]:
         return {"ChecksumCRC64NVME": base64.b64encode(crc.to_bytes(8, "big")).decode()} if self._requests.checksums else {}
@@ -194,8 +214,8 @@ class S3Store(Store):
                 return b""
             raise
 
-    def _ranged(self, key: str, start: int, end: int) -> bytes:
-        answer = self._send("GetObject", check_key(key), read=True, Range=f"bytes={start}-{end - 1}")
+    def _ranged(self, key: str, start: int, end: int, before_retry: Callable[[], None] | None = None) -> bytes:
+        answer = self._send("GetObject", check_key(key), read=True, before_retry=before_retry, Range=f"bytes={start}-{end - 1}")
         content: bytes = answer["Content"]
         return content if "ContentRange" in answer else content[start:end]  # a service that ignores ranges sends all
 
@@ -204,9 +224,9 @@ class S3Store(Store):
         check_range(offset, offset + len(view))
         size_bytes = max(0, min(len(view), self.size(key) - offset))
 
-        def read(piece: Piece) -> None:
+        def read(piece: Piece, over: threading.Event) -> None:
             start = offset + piece.start
-            content = self._ranged(key, start, start + piece.size_bytes)
+            content = self._ranged(key, start, start + piece.size_bytes, before_retry=partial(_go_on, over))
             if len(content) != piece.size_bytes:
                 raise IntegrityError(f"{key} became shorter while it was read", key=key)
             view[piece.start : piece.end] = content
@@ -326,34 +346,13 @@ class S3Store(Store):
         return self._requests.send(operation, self._at, key, **options)
 
 
-@contextlib.contextmanager
-def _mapped(fd: int, offset: int, size_bytes: int) -> Iterator[memoryview]:
-    """The bytes of a file as memory, not read before they are sent."""
-    if not size_bytes:
-        yield memoryview(b"")
-        return
-    mapping = mmap.mmap(fd, offset + size_bytes, prot=mmap.PROT_READ)
-    try:
-        yield memoryview(mapping)[offset:]
-    finally:
-        with contextlib.suppress(BufferError):  # an error's traceback still holds a view: then it goes with that
-            mapping.close()
+class _OverError(Exception):
+    """Another piece failed, or the caller cancelled: this one is not tried again. Never leaves this module."""
 
 
-def _crc(content: memoryview) -> int:
-    from awscrt.checksums import crc64nvme
-
-    return int(crc64nvme(content))
-
-
-def _combined(parts: list[_Part]) -> int:
-    """The CRC of the whole object from those of its parts, without another look at the bytes."""
-    from awscrt.checksums import combine_crc64nvme
-
-    total = 0
-    for part in parts:
-        total = combine_crc64nvme(total, part.crc, part.size_bytes)
-    return total
+def _go_on(over: threading.Event) -> None:
+    if over.is_set():
+        raise _OverError
 
 
 def _condition(if_absent: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 from dtr.clock import Clock
@@ -89,11 +90,13 @@ class Requests:
         conditional: bool = False,
         content: memoryview | None = None,
         read: bool = False,
+        before_retry: Callable[[], None] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Send one request, again where that helps, and return the answer; ``read`` adds the object's bytes as ``Content``.
+        """Send one request, again where that helps, and return the answer with the number of ``Attempts``.
 
-        ``conditional``: not to be sent again once it may have had its effect.
+        ``read``: adds the object's bytes as ``Content``.
+        ``conditional``: not to be sent again once it may have had its effect. ``before_retry`` may raise to give up.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -106,15 +109,20 @@ class Requests:
                     failure.error.facts["maybe_ours"] = attempt > 1
                 if not failure.retry or attempt == _ATTEMPTS or (conditional and failure.unknown):
                     raise failure.error from exc
+                if before_retry:
+                    before_retry()
                 self._pause(attempt, failure)
             else:
                 self.reached = True
-                return answer
+                return {**answer, "Attempts": attempt}
         raise AssertionError("the last attempt returns or raises")
 
     def _once(
         self, operation: str, at: S3Location, key: str, *, content: memoryview | None, read: bool, options: dict[str, Any]
     ) -> dict[str, Any]:
+        import botocore.exceptions
+        import urllib3.exceptions
+
         call = getattr(self._client(), re.sub(r"(?<=[a-z])([A-Z])", r"_\1", operation).lower())
         if key:
             options = {**options, "Key": at.key(key)}
@@ -125,6 +133,8 @@ class Requests:
             body = answer.pop("Body")
             try:
                 answer["Content"] = body.read()  # checks the length that the header declared
+            except urllib3.exceptions.HTTPError as exc:  # botocore translates some of them
+                raise botocore.exceptions.ResponseStreamingError(error=exc) from exc
             finally:
                 body.close()
         return answer

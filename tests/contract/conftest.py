@@ -47,11 +47,19 @@ def bucket(seaweed: SeaweedServer) -> Iterator[Store]:
     store.close()
 
 
-@pytest.fixture
-def faulty(seaweed: SeaweedServer) -> Iterator[FaultyS3]:
-    """A proxy in front of the server that a test makes misbehave."""
+@pytest.fixture(scope="session")
+def faulty_server(seaweed: SeaweedServer) -> Iterator[FaultyS3]:
+    """The proxy that ``faulty`` gives to one test after another."""
     with FaultyS3(seaweed) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def faulty(faulty_server: FaultyS3) -> Iterator[FaultyS3]:
+    """A proxy in front of the server that a test makes misbehave."""
+    faulty_server.forget()
+    yield faulty_server
+    faulty_server.forget()
 
 
 @pytest.fixture
@@ -72,10 +80,19 @@ def direct(bucket: Store, prefix: str) -> Store:
     return bucket.child(prefix.removeprefix("jobs/"))
 
 
+@pytest.fixture(scope="session")
+def faulty_bucket(seaweed: SeaweedServer, faulty_server: FaultyS3) -> Iterator[Store]:
+    """One client behind the proxy for all tests."""
+    store = open_store(seaweed.url("jobs", endpoint=faulty_server.endpoint))
+    yield store
+    store.close()
+
+
 @pytest.fixture
-def store(seaweed: SeaweedServer, faulty: FaultyS3, prefix: str, impatient: None) -> Iterator[Store]:
+def store(faulty_bucket: Store, faulty: FaultyS3, prefix: str, impatient: None) -> Iterator[Store]:
     """A store behind the proxy, which has already passed its probe."""
-    store = open_store(seaweed.url(prefix, endpoint=faulty.endpoint))
+    store = faulty_bucket.child(prefix.removeprefix("jobs/"))
     store.probe()
+    faulty.forget()
     yield store
     store.close()

@@ -101,8 +101,9 @@ class StoreContract:
         """The second put-if-absent raises AlreadyExists and changes nothing, equal bytes or not."""
         store.put(MANIFEST, b"commit", if_absent=True)
         for data in (b"abort", b"commit"):
-            with pytest.raises(AlreadyExists):
+            with pytest.raises(AlreadyExists) as caught:
                 store.put(MANIFEST, data, if_absent=True)
+            assert (caught.value.key, caught.value.maybe_ours) == (MANIFEST, False)
         assert store.get(MANIFEST) == b"commit"
 
     def test_put_if_absent_after_delete(self, store: Store) -> None:
@@ -192,18 +193,19 @@ class StoreContract:
                 store.put_file("part", source, size_bytes, offset=offset)
         assert list(store.list()) == []
 
-    def test_a_cancelled_transfer_leaves_nothing(self, store: Store, large: Path) -> None:
+    @pytest.mark.parametrize("size_bytes", [3, LARGE_BYTES])
+    def test_a_cancelled_transfer_leaves_nothing(self, store: Store, large: Path, size_bytes: int) -> None:
         """What progress raises comes out, and neither object nor upload nor temporary file stays."""
 
         def cancel(done: int) -> NoReturn:
             raise Cancelled(done)
 
         with pytest.raises(Cancelled):
-            store.put_file("a/part", large, LARGE_BYTES, progress=cancel)
+            store.put_file("a/part", large, size_bytes, progress=cancel)
         assert list(store.list()) == []
         assert store.abort_uploads() == 0
-        store.put_file("a/part", large, LARGE_BYTES)
-        assert store.size("a/part") == LARGE_BYTES
+        store.put_file("a/part", large, size_bytes)
+        assert store.size("a/part") == size_bytes
 
     def test_an_oserror_of_progress_is_the_callers(self, store: Store, large: Path) -> None:
         """An OSError that the callback raises (its own disk, its own socket) is not taken for the store's."""

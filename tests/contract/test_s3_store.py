@@ -16,8 +16,8 @@ from dtr.errors import (
     StoreUnavailable,
 )
 from dtr.store import Store, open_store, s3_requests
-from dtr.store.s3 import PART_BYTES, part_bytes
-from tests.contract.store_contract import LARGE_BYTES, MANIFEST, StoreContract
+from dtr.store.s3_parts import PART_BYTES, part_bytes
+from tests.contract.store_contract import LARGE_BYTES, MANIFEST, Cancelled, StoreContract
 from tests.proxy import Proxy
 from tests.s3_faults import FaultyS3
 from tests.servers import SeaweedServer, free_port
@@ -65,6 +65,36 @@ def test_a_large_upload_survives_bursts(store: Store, direct: Store, faulty: Fau
     assert direct.get("part") == large.read_bytes()
     assert faulty.met[-3:] == [fault] * 3
     assert faulty.count("partNumber=") <= 3 + 3
+    assert direct.abort_uploads() == 0
+
+
+def test_a_lost_upload_id_leaves_no_upload(
+    store: Store, direct: Store, faulty: FaultyS3, seaweed: SeaweedServer, prefix: str, large: Path
+) -> None:
+    """The answer that named a new upload was lost, so there are two: the one that nobody knows does not stay open."""
+    faulty.plan("drop_reply", method="POST", path="uploads")
+    store.put_file("part", large, LARGE_BYTES)
+    assert faulty.met == ["drop_reply"]
+    assert open_uploads(seaweed, prefix) == []
+    assert direct.size("part") == LARGE_BYTES
+
+
+def test_a_cancel_is_heeded_between_attempts(store: Store, direct: Store, faulty: FaultyS3, large: Path) -> None:
+    """While a service fails, a small and a large transfer ask the caller before each new attempt."""
+    for size_bytes in (1000, LARGE_BYTES):
+        faulty.plan("503", times=3, method="PUT")
+        asked: list[int] = []
+
+        def cancel(done: int, asked: list[int] = asked) -> None:
+            asked.append(done)
+            if faulty.met:
+                raise Cancelled
+
+        with pytest.raises(Cancelled):
+            store.put_file("part", large, size_bytes, progress=cancel)
+        assert asked
+        faulty.forget()
+    assert list(direct.list()) == []
     assert direct.abort_uploads() == 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -23,7 +25,7 @@ from dtr.progress import ProgressPage
 from dtr.session import Session
 from dtr.state.job import JobState
 from dtr.state.keys import Keys
-from tests.launched import ROOT, Launcher
+from tests.launched import ROOT, SHORT_TIMES, Launcher, launching
 from tests.servers import RedisServer, valkey_server
 from tests.waiting import eventually
 
@@ -45,19 +47,9 @@ def client(server: RedisServer) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def launch(server: RedisServer, job: str, tmp_path: Path) -> Iterator[Launch]:
-    """Starts launchers of one job with a ttl of 1.5 s, without an uploader, and ends them whatever happens."""
-    running: list[Launcher] = []
-
-    def start(*options: str, **env: str) -> Launcher:
-        times = {"DTR_TTL_S": "1.5", "DTR_BEAT_INTERVAL_S": "0.3", "DTR_SETTLE_S": "0.3", "DTR_BARRIER_TIMEOUT_S": "60"}
-        place = {"DTR_REDIS_URL": server.url, "DTR_JOB": job, "DTR_STAGING": str(tmp_path / "staging")}
-        found = Launcher(tmp_path / f"launch-{len(running)}", "--no-uploader", *options, env={**times, **place, **env})
-        running.append(found)
-        return found
-
-    yield start
-    for found in running:
-        found.__exit__()
+    """Starts launchers of one job with a ttl of 1.5 s."""
+    with launching(server, job, tmp_path, **SHORT_TIMES) as start:
+        yield start
 
 
 def reasons(client: redis.Redis, job: str) -> list[str]:
@@ -127,6 +119,40 @@ def test_redis_restarts_under_the_launcher(launch: Launch, server: RedisServer, 
     assert client.hget(Keys(job).fences, other["worker"]) == other["incarnation"]
     launcher.stop_trainers()
     assert launcher.wait() == 0
+
+
+def test_an_output_that_does_not_flow_holds_nothing_back(launch: Launch, client: redis.Redis, job: str) -> None:
+    """stderr is a full pipe that nobody reads: exits are seen and told, restarts are made; when it is read, no line is missing."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 512)
+    os.set_blocking(writer, True)
+    launcher = launch("--max-restarts", "9", stderr=writer, DTR_TTL_S="300")
+    os.close(writer)
+    for count in range(3):
+        os.kill(launcher.wait_for("formed", restarts=count)["pid"], signal.SIGKILL)
+    eventually(lambda: len(reasons(client, job)) == 3, what="three departures")
+    launcher.wait_for("formed", restarts=3)
+    launcher.stop_trainers()
+    eventually(lambda: launcher.said()[-1]["event"] == "done", what="the end of the trainer")
+    with os.fdopen(reader, "rb") as file:
+        lines = file.read().lstrip(b".").decode().splitlines()
+    assert launcher.wait() == 0
+    assert [n for n in range(1, 10) if any(f"(restart {n} of 9)" in line for line in lines)] == [1, 2, 3]
+
+
+def test_64_descriptors_are_enough_for_four_trainers(launch: Launch) -> None:
+    """What the launcher says it needs is what it needs, restarts included."""
+    launcher = launch("-n", "4", "--max-restarts", "4")
+    resource.prlimit(launcher.process.pid, resource.RLIMIT_NOFILE, (64, 64))
+    launcher.wait_for("formed", count=4)
+    os.kill(launcher.wait_for("formed", rank=3)["pid"], signal.SIGKILL)
+    launcher.wait_for("formed", rank=3, restarts=1)
+    launcher.stop_trainers()
+    assert launcher.wait() == 0, launcher.err
+    assert "Too many open files" not in launcher.err
 
 
 def test_an_emptied_redis_makes_trainers_register_again(launch: Launch, client: redis.Redis, job: str) -> None:

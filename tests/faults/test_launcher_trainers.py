@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from dtr.state.keys import Keys
-from tests.launched import Launcher
+from tests.launched import SHORT_TIMES, Launcher, launching
 from tests.servers import RedisServer
 from tests.waiting import eventually
 
@@ -22,19 +22,9 @@ Launch = Callable[..., Launcher]
 
 @pytest.fixture
 def launch(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Launch]:
-    """Starts launchers of one job with a ttl of 1.5 s, without an uploader, and ends them whatever happens."""
-    running: list[Launcher] = []
-
-    def start(*options: str, **env: str) -> Launcher:
-        times = {"DTR_TTL_S": "1.5", "DTR_BEAT_INTERVAL_S": "0.3", "DTR_SETTLE_S": "0.3", "DTR_BARRIER_TIMEOUT_S": "60"}
-        place = {"DTR_REDIS_URL": valkey.url, "DTR_JOB": job, "DTR_STAGING": str(tmp_path / "staging")}
-        found = Launcher(tmp_path / f"launch-{len(running)}", "--no-uploader", *options, env={**times, **place, **env})
-        running.append(found)
-        return found
-
-    yield start
-    for found in running:
-        found.__exit__()
+    """Starts launchers of one job with a ttl of 1.5 s."""
+    with launching(valkey, job, tmp_path, **SHORT_TIMES) as start:
+        yield start
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ FAILPOINTS = [
 # A trainer as a user would write it: restore, one step, save, wait until that is durable.
 TRAINER = """
 import sys
-from dtr.errors import RosterChanged
+from dtr.errors import CheckpointAborted, RosterChanged
 from worker_agent import Agent
 rank, url, job, store, staging = int(sys.argv[1]), *sys.argv[2:]
 with Agent(f"w{rank}", url, 2, rank, job=job, store=store, staging=staging, ttl_s=3.0, beat_interval_s=0.2) as agent:
@@ -42,7 +42,7 @@ with Agent(f"w{rank}", url, 2, rank, job=job, store=store, staging=staging, ttl_
             handle = agent.save_async({"rank": agent.rank}, agent.step())
             print("saved", handle.durable.result(60).run, handle.step, flush=True)
             break
-        except RosterChanged as change:
+        except (CheckpointAborted, RosterChanged) as change:
             print("changed", change.run, flush=True)
             agent.form()
 """
@@ -64,17 +64,16 @@ class Ranks:
 
     def ended(self) -> bool:
         """Whether both ended well; restarts the one that was killed."""
-        for rank, child in enumerate(self.children):
-            code = child.poll()
-            if code is None:
-                return False
+        codes = [child.poll() for child in self.children]
+        for rank, code in enumerate(codes):
+            child = self.children[rank]
             if code == -signal.SIGKILL:
                 self.said[rank] += child.communicate()[0]
                 self.killed.append(rank)
                 self.children[rank] = self._start(rank)
-                return False
-            assert code == 0, child.communicate()[1]
-        return True
+            else:
+                assert code in {None, 0}, child.communicate()[1]
+        return codes == [0, 0]
 
     def output(self) -> list[list[str]]:
         for rank, child in enumerate(self.children):

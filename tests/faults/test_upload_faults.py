@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,21 @@ class TestSlot:
         assert upload(training, limits=Limits(mbps=1.0)) == "COMMITTED"
         assert os.times().elapsed - started >= 0.4
 
+    def test_a_long_upload_keeps_its_claim(self, training: Training) -> None:
+        """It takes several leases, renewed on the way: nobody else gets the part, and it was one attempt."""
+        training.stage(data=payload(1, 0, 40 << 20))
+        slow = threading.Thread(target=upload, args=(training,), kwargs={"limits": Limits(lease_s=0.6, mbps=20.0)})
+        slow.start()
+        eventually(lambda: training.view().parts[0].uploader, what="the claim")
+        words = set()
+        while slow.is_alive():
+            words.add(upload(training))
+            slow.join(0.1)
+        assert "BUSY" in words
+        assert words <= {"BUSY", "COMMITTED"}
+        assert training.view().parts[0].attempts == 1
+        verified(training)
+
     def test_the_same_step_twice_uploads_the_first(self, training: Training) -> None:
         """The save that Redis counts is the part; another of the same step is not mixed up with it, and goes when its trainer is gone."""
         training.stage(data=payload(1, 0))
@@ -185,6 +201,15 @@ class TestSlot:
         training.die()
         training.reconciler().look()
         assert staged(training) == []
+
+    def test_a_commit_lets_the_older_ones_go(self, training: Training) -> None:
+        """Retention runs after each commit, as the run was started with."""
+        training.state.redis.hset(training.state.keys.run(training.run.id), mapping={"keep_last": 1, "grace_ms": 0})
+        for step in (1, 2):
+            training.stage(step)
+            assert training.settled(step) == "COMMITTED"
+        assert training.manifest(1).decision == "tombstone"
+        verified(training, 2)
 
     def test_another_hosts_part_is_left_alone(self, training: Training) -> None:
         """A message that strayed changes nothing."""

@@ -17,7 +17,7 @@ import pytest
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--hidden=128", "--corpus-bytes=500000", "--rejoin-after=0.5"]
+SMALL = ["--hidden=128", "--corpus-bytes=500000", "--rejoin-after=3"]
 
 
 @pytest.fixture
@@ -86,17 +86,17 @@ def test_a_small_demo_holds_every_check_and_leaves_nothing(tmp_path, environment
     figures = outcome["figures"]
     assert (figures["workers"], figures["steps"]) == (4, 60)
     assert 0 < figures["noticed_ms"] < 5_000
-    assert 0 < figures["recovery_s"] <= figures["full_again_s"]
+    assert 0 < figures["recovery_s"] < 30
     assert figures["loss_last"] < figures["loss_first"]
     assert "Valkey" in done.stderr
     assert "\x1b" not in done.stderr
     for told in (
         "SIGKILL to trainer 2",
         "noticed: Redis knew",
+        "barrier 'gradients' broke: rank 2",
         "departed: signal 9",
-        "all 3 restored step",
+        "on 3 ranks in",
         "trainer 2 is back",
-        "4 train again",
     ):
         assert told in done.stderr
     assert ours(tmp_path) == set()

@@ -61,7 +61,7 @@ class Containers:
             "5555": str(self.flower_port),
         }
         whole = {"/data": str(self.folder / "data"), "/staging": str(self.folder / "staging")}
-        for old, new in replaced.items():
+        for old, new in {**replaced, "$$": "$"}.items():
             text = text.replace(old, new)
         return whole.get(text, text)
 

@@ -19,10 +19,10 @@ import redis
 from dtr.checkpoint.slots import finish
 from dtr.checkpoint.staging import Arena
 from dtr.config import Settings
-from dtr.errors import CoordinatorUnavailable
+from dtr.errors import CoordinatorRefused, CoordinatorUnavailable
 from dtr.state.keys import Keys
-from tests.launched import ROOT, Launcher
-from tests.servers import RedisServer, free_port
+from tests.launched import ROOT, Launcher, launching
+from tests.servers import RedisServer, free_port, valkey_server
 from tests.staged import record, stage, staged
 from tests.waiting import eventually
 from worker_agent.launcher.ground import finish_uploads, standing
@@ -34,18 +34,9 @@ ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"
 
 @pytest.fixture
 def launch(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Launch]:
-    """Starts launchers of one job on the shared server, without an uploader, and ends them whatever happens."""
-    running: list[Launcher] = []
-
-    def start(*options: str, **env: str) -> Launcher:
-        settings = {"DTR_REDIS_URL": valkey.url, "DTR_JOB": job, "DTR_STAGING": str(tmp_path / "staging"), "DTR_TTL_S": "5", **env}
-        found = Launcher(tmp_path / f"launch-{len(running)}", "--no-uploader", *options, env=settings)
-        running.append(found)
-        return found
-
-    yield start
-    for found in running:
-        found.__exit__()
+    """Starts launchers of one job on the shared server."""
+    with launching(valkey, job, tmp_path) as start:
+        yield start
 
 
 def environments(launcher: Launcher) -> list[dict[str, str]]:
@@ -150,7 +141,7 @@ def test_dtr_run_is_the_launcher(valkey: RedisServer, job: str, tmp_path: Path) 
         (["--", "sh", "-c", "kill -9 $$"], 137, "was killed by signal 9 (SIGKILL)"),
         (["--", "no-such-program"], 127, "command not found: no-such-program"),
         (["--", "/etc/passwd"], 126, "not an executable file"),
-        (["--url", "redis://127.0.0.1:1/0", "--", "true"], 4, "named by --url"),
+        (["--url", "redis://127.0.0.1:1/0", "--", "true"], 4, "cannot be reached, and none is started in its place: it was named by --url"),
         (["--url", "http://127.0.0.1/", "--", "true"], 3, "unknown scheme"),
         (["--job", "a b", "--", "true"], 3, "job must be"),
         (["-n", "2", "--min", "3", "--", "true"], 3, "min must be"),
@@ -281,16 +272,34 @@ def test_a_server_is_started_only_where_none_was_named(tmp_path: Path) -> None:
     """Default URL and nothing there: a server for the time of the block. The same URL named: an error. Both leave nothing running."""
     url = f"redis://127.0.0.1:{free_port()}/0"
     settings = Settings.load(environ={}, redis_url=url, staging=str(tmp_path / "staging"))
-    with pytest.raises(CoordinatorUnavailable, match="named by DTR_REDIS_URL"):
-        standing(settings, tmp_path / "home", named_by="DTR_REDIS_URL", uploader=False).__enter__()
-    with standing(settings, tmp_path / "home", named_by="", uploader=False) as ground:
+    with pytest.raises(CoordinatorUnavailable, match="it was named by DTR_REDIS_URL"):
+        standing(settings, tmp_path / "home", must_answer="it was named by DTR_REDIS_URL", uploader=False).__enter__()
+    with standing(settings, tmp_path / "home", must_answer="", uploader=False) as ground:
         assert redis.Redis.from_url(url).ping()
         assert not ground.uploads
-        with standing(settings, tmp_path / "home", named_by="", uploader=False):
+        with standing(settings, tmp_path / "home", must_answer="", uploader=False):
             pass
         assert redis.Redis.from_url(url).ping(), "the second launch took the first one's server with it"
     with pytest.raises(redis.ConnectionError):
         redis.Redis.from_url(url).ping()
+
+
+def test_a_server_that_refuses_is_not_replaced_and_one_without_info_is_used(tmp_path: Path) -> None:
+    """A wrong password is refused without showing it; a user that may not call INFO, as in a strict ACL, is no obstacle."""
+    user = ["--user", "agent", "on", ">right", "~*", "&*", "+@all", "-info"]
+    with valkey_server(tmp_path / "server", args=user) as guarded:
+
+        def ground(password: str) -> None:
+            url = f"redis://agent:{password}@127.0.0.1:{guarded.port}/0"
+            settings = Settings.load(environ={}, redis_url=url, staging=str(tmp_path / "staging"))
+            with standing(settings, tmp_path / "home", must_answer="", uploader=False):
+                pass
+
+        ground("right")
+        with pytest.raises(CoordinatorRefused) as caught:
+            ground("wrong")
+        assert "wrong" not in caught.value.message.replace("WRONGPASS", "")
+    assert not (tmp_path / "home").exists()
 
 
 SAVES_AND_ENDS = """
@@ -310,7 +319,8 @@ def test_an_uploader_is_started_where_there_is_none_and_finishes(valkey: RedisSe
     with Launcher(tmp_path / "launch", "--", sys.executable, "-c", SAVES_AND_ENDS, str(tmp_path / "store"), env=env) as launcher:
         assert launcher.wait(120) == 0, launcher.err
         assert launcher.left() == []
-    assert "started for the time of this run: uploader" in launcher.err
+    assert "this host has no uploader" in launcher.err
+    assert "started uploader" in launcher.err
     assert [p.name for p in (tmp_path / "store").rglob("manifest.json")] == ["manifest.json"]
     assert [p.name for p in (tmp_path / "staging").rglob("*") if p.is_file()] == [".host-id"]
 

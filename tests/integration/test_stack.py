@@ -19,8 +19,8 @@ import pytest
 import redis
 
 from dtr.config import Settings
-from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable, Unavailable
-from dtr.stack import Home, Record, ServiceFailed, Stack, Up, processes
+from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable, ServiceFailed, Unavailable
+from dtr.stack import Home, Record, Stack, Up, processes
 from dtr.stack.services import Plan, Probe, Service, redis_service
 from dtr.stack.stack import make_plan
 from tests.servers import RedisServer, free_port

@@ -98,6 +98,20 @@ def test_another_database(server):
     assert dtr("redis-cli", "--url", server.url, "EXISTS", "there", path=NO_PROGRAMS).stdout == "0\n"
 
 
+def test_at_a_terminal_it_asks_and_shows_types(server):
+    """A prompt with the server's address, replies with their types, and `quit`."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "dtr", "redis-cli", "--url", server.url, "-n", "6"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "PATH": NO_PROGRAMS}) as shell:
+        os.close(theirs)
+        os.write(ours, b"set typed 1\nget typed\nincr typed\nquit\n")
+        assert shell.wait(60) == 0
+    shown = os.read(ours, 65_536).decode()
+    os.close(ours)
+    assert f"127.0.0.1:{server.port}> " in shown
+    assert all(line in shown for line in ("OK\r\n", '"1"\r\n', "(integer) 2\r\n"))
+
+
 def test_an_option_that_only_the_real_one_has(server):
     """It is a usage error that says what to install."""
     done = dtr("redis-cli", "--url", server.url, "--bigkeys", path=NO_PROGRAMS)

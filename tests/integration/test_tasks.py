@@ -46,19 +46,24 @@ def slots_free(training: Training) -> bool:
     return not [found for found in scan(training.staging) if found.kind == "STAGED"]
 
 
+Stack = tuple[RedisServer, Path, subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A server and a worker that several tests share."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "staging").mkdir()
+    with RedisServer("valkey", folder / "valkey") as server, worker(url=server.url, staging=folder / "staging") as child:
+        yield server, folder, child
+
+
 class TestOneWorker:
     """What one worker does that nobody disturbs; one start for all."""
 
-    @pytest.fixture(scope="class")
-    def stack(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RedisServer, Path, subprocess.Popen[str]]]:
-        folder = tmp_path_factory.mktemp("tasks")
-        (folder / "staging").mkdir()
-        with RedisServer("valkey", folder / "valkey") as server, worker(url=server.url, staging=folder / "staging") as child:
-            yield server, folder, child
-
     @pytest.fixture
-    def training(self, stack: tuple[RedisServer, Path, subprocess.Popen[str]], job: str) -> Iterator[Training]:
-        made = Training(stack[0].url, job, stack[1])
+    def training(self, one_worker: Stack, job: str) -> Iterator[Training]:
+        made = Training(one_worker[0].url, job, one_worker[1])
         yield made
         made.close()
 
@@ -76,9 +81,9 @@ class TestOneWorker:
         committed(training, 1)
         eventually(lambda: not os.path.exists(f"{training.staging}/{training.job}"), what="an empty staging folder")
 
-    def test_the_presence_tells_what_happens(self, stack: tuple[RedisServer, Path, subprocess.Popen[str]], training: Training) -> None:
+    def test_the_presence_tells_what_happens(self, one_worker: Stack, training: Training) -> None:
         """dtr:uploader:HOST has who, since when, and how much waits; it ends by itself if its worker does."""
-        server, _, child = stack
+        server, _, child = one_worker
         with redis.Redis.from_url(server.url, decode_responses=True) as client:
             found = client.hgetall(uploader(training.host))
             assert (found["host"], found["pid"], found["queue"]) == (training.host, str(child.pid), upload_queue(training.host))
@@ -86,24 +91,24 @@ class TestOneWorker:
             assert 0 < client.pttl(uploader(training.host)) <= 15_000
             eventually(lambda: client.hget(uploader(training.host), "last_scan_at") != found["last_scan_at"], what="another look")
 
-    @pytest.mark.parametrize("what", ["ping", "active", "active_queues", "registered"])
-    def test_inspect_answers(self, stack: tuple[RedisServer, Path, subprocess.Popen[str]], training: Training, what: str) -> None:
+    def test_inspect_answers(self, training: Training) -> None:
         """celery -A tasks inspect works without flags, and shows this host's queue and both tasks."""
-        child = celery("inspect", what, "--json", url=training.url, staging=training.staging)
-        try:
-            assert child.wait(60) == 0
-            text = log_of(child)
-        finally:
-            end(child)
-        (answer,) = json.loads(text[text.index("{") :]).values()
-        if what == "active_queues":
-            assert [queue["name"] for queue in answer] == [upload_queue(training.host)]
-        if what == "registered":
-            assert sorted(answer) == ["dtr.settle", "dtr.upload_part"]
+        kinds = ("ping", "active", "active_queues", "registered")
+        children = {what: celery("inspect", what, "--json", url=training.url, staging=training.staging) for what in kinds}
+        answers = {}
+        for what, child in children.items():
+            try:
+                assert child.wait(60) == 0, log_of(child)
+                (answers[what],) = json.loads(log_of(child)[log_of(child).index("{") :]).values()
+            finally:
+                end(child)
+        assert answers["ping"] == {"ok": "pong"}
+        assert [queue["name"] for queue in answers["active_queues"]] == [upload_queue(training.host)]
+        assert sorted(answers["registered"]) == ["dtr.settle", "dtr.upload_part"]
 
-    def test_what_is_no_message_does_no_harm(self, stack: tuple[RedisServer, Path, subprocess.Popen[str]], training: Training) -> None:
-        """Not JSON, not a message, too deep, too large, wrong fields, another host's, another job's: dropped with a line, and work goes on."""
-        server, _, child = stack
+    def test_what_is_no_message_does_no_harm(self, one_worker: Stack, training: Training) -> None:
+        """Not JSON, too deep, too large, wrong fields, an unknown job's: dropped with a line, and work goes on."""
+        server, _, child = one_worker
         queue = upload_queue(training.host)
         good = {"job": training.job, "run": training.run.id, "step": 1, "rank": 0}
         with redis.Redis.from_url(server.url) as client:
@@ -129,11 +134,9 @@ class TestOneWorker:
         assert "a message was rejected: step must be an integer" in log
         assert max(map(len, log.splitlines())) < 2_000
 
-    def test_a_deleted_queue_delays_nothing_for_long(
-        self, stack: tuple[RedisServer, Path, subprocess.Popen[str]], training: Training
-    ) -> None:
+    def test_a_deleted_queue_delays_nothing_for_long(self, one_worker: Stack, training: Training) -> None:
         """The queue key goes right after the enqueue, while both pool processes are stopped: the reconciler wakes them again."""
-        children = pool(stack[2])
+        children = pool(one_worker[2])
         for pid in children:
             os.kill(pid, signal.SIGSTOP)
         training.stage(1)
@@ -227,7 +230,7 @@ class TestKills:
                 eventually(lambda: any(is_stopped(pid) for pid in pool(child)), what="a hanging upload")
             children = pool(child)
             os.kill(child.pid, how)
-            child.wait(12)
+            child.wait(4 + 2)
             eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children), what="the end of the pool")
         with redis.Redis.from_url(training.url) as client:
             assert not client.exists(uploader(training.host)) or hangs
@@ -268,6 +271,19 @@ def test_importing_the_tasks_is_cheap(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.stdout == "Application []\n", done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_server_that_refuses_ends_the_worker(tmp_path: Path) -> None:
+    """A wrong password does not become right by waiting: one line, masked, status 4."""
+    with RedisServer("valkey", tmp_path / "valkey", args=("--requirepass", "right")) as server:
+        child = celery("worker", url=f"redis://:wrong-secret@127.0.0.1:{server.port}/0", staging=tmp_path)
+        try:
+            assert child.wait(60) == 4, log_of(child)
+            assert "refuses" in log_of(child)
+            assert "wrong-secret" not in log_of(child)
+            assert "Traceback" not in log_of(child)
+        finally:
+            end(child)
 
 
 def test_a_wrong_setting_is_one_line(tmp_path: Path) -> None:

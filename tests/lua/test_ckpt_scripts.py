@@ -33,8 +33,8 @@ from tests.lua.checkpoints import (
     lapse,
     part,
     register,
-    seat,
     sealed,
+    seat,
     snapshot,
     spec,
 )

@@ -215,7 +215,9 @@ def test_advice_can_be_typed_as_it_stands(tmp_path):
     assert not [line for line in with_client if "Flower" in line]
 
 
-NOW = Now(step=41, steps=400, loss=2.5, step_s=0.05, doing={"0": "training", "1": "killed", "2": "training"}, saved=2, durable=1)
+NOW = Now(
+    step=41, steps=400, loss=2.5, step_s=0.05, doing={"0": "training", "1": "killed", "2": "training"}, saved=2, durable=1, stall_s=0.009
+)
 LONG = "barrier 'mean' round 17 of run 0001-abcd is broken: rank 2 (a-long-host-name-1234abcd-2) departed: signal 9 (SIGKILL)"
 
 

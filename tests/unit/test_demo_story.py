@@ -74,14 +74,14 @@ def in_run(
 
 def rehearsal() -> list[Note]:
     """The notes of a demo of 12 steps: killed after step 5, restored at 3, with three ranks up to 7, restored at 7 with four."""
-    events: list[tuple[float, str, Event]] = [(0.5, worker, Started(restarts=0)) for worker in WORKERS]
+    events: list[tuple[float, str, Event]] = [(0.5, worker, Started(local_rank=n, restarts=0)) for n, worker in enumerate(WORKERS)]
     events += in_run(FIRST, 1.0, ("", -1), range(6), save_at=[3])
     broken = Halted(run=FIRST, rank=0, step=5, error="BarrierBroken", barrier="mean", missing=("host-2",), culprit="host-2", reason=REASON)
     events += [
         (2.03 + rank / 1000, worker, dataclasses.replace(broken, rank=rank)) for rank, worker in enumerate(WORKERS) if worker != "host-2"
     ]
     events += in_run(SECOND, 3.0, (FIRST, 3), range(4, 9), save_at=[7])
-    events.append((4.0, "host-2", Started(restarts=1)))
+    events.append((4.0, "host-2", Started(local_rank=2, restarts=1)))
     events += [
         (4.5, worker, Halted(run=SECOND, rank=rank, step=8, error="RosterChanged", barrier="", missing=(), culprit="", reason="newcomer"))
         for rank, worker in enumerate(HELD[SECOND])
@@ -278,22 +278,22 @@ def test_each_line_is_told_once_and_in_order():
             set_kill(story)
         lines += [line.text for line in narrator.fresh(story)]
     assert lines == [
-        "run 0001-aaaa: 4 ranks, which hold 3 3 3 3 of 12 shards",
+        "run 0001-aaaa: 4 ranks with 3 3 3 3 of 12 shards",
         "nothing to restore: training begins with fresh weights",
         "step 3 is saved: training stalled 20 ms, durable after 0.50 s",
         "SIGKILL to trainer 2 (rank 2, process 102) after step 5",
         "noticed: Redis knew after 12 ms, the others within 33 ms",
         f"barrier 'mean' broke: {REASON}",
-        "run 0002-bbbb: 3 ranks, which hold 4 4 4 of 12 shards",
+        "run 0002-bbbb: 3 ranks with 4 4 4 of 12 shards",
         "only 3 shards moved: from trainer 2 to trainers 0 (1), 1 (1), 3 (1)",
-        "all 3 restored step 3 of run 0001-aaaa in 0.10 s",
-        "3 train again, 1.20 s after the kill",
+        "restored step 3 of run 0001-aaaa on 3 ranks in 0.10 s",
+        "training again with 3 ranks, 1.20 s after the kill",
         "step 7 is saved: training stalled 20 ms, durable after 0.50 s",
-        "trainer 2 is back: a barrier told all 3 in one round, after step 8",
-        "run 0003-cccc: 4 ranks, which hold 3 3 3 3 of 12 shards",
+        "trainer 2 is back: a barrier told 3 ranks in one round, after step 8",
+        "run 0003-cccc: 4 ranks with 3 3 3 3 of 12 shards",
         "only 3 shards moved: from trainers 0 (1), 1 (1), 3 (1) to trainer 2",
-        "all 4 restored step 7 of run 0002-bbbb in 0.10 s",
-        "4 train again, 3.20 s after the kill",
+        "restored step 7 of run 0002-bbbb on 4 ranks in 0.10 s",
+        "training again with 4 ranks, 3.20 s after the kill",
         "step 11 is saved: training stalled 20 ms, durable after 0.50 s",
     ]
     assert narrator.fresh(story) == []

@@ -17,7 +17,16 @@ from dtr.progress import Progress
 from worker_agent.__main__ import main, run_parser
 from worker_agent.launcher.claim import claimed
 from worker_agent.launcher.ground import Facts, Need, decide
-from worker_agent.launcher.launch import CommandNotExecutable, CommandNotFound, Launch, Seat, environment, find_command, seats
+from worker_agent.launcher.plan import (
+    CommandNotExecutable,
+    CommandNotFound,
+    Launch,
+    Seat,
+    check_descriptors,
+    environment,
+    find_command,
+    seats,
+)
 from worker_agent.launcher.stall import StallRule, Watch, observe
 from worker_agent.registration import LEAVE, Registration, parse_line
 
@@ -109,6 +118,13 @@ def test_the_command_is_looked_for_before_anything_is_started(tmp_path: Path) ->
         with pytest.raises(CommandNotFound) as lost:
             find_command((missing,), {"PATH": "/nowhere"})
         assert lost.value.exit_code == 127
+
+
+def test_more_trainers_than_descriptors_are_refused() -> None:
+    """With the numbers, before anything is started."""
+    check_descriptors(Launch(command=("x",), nproc=4), 64)
+    with pytest.raises(InvalidInput, match=r"8 trainers need 72 file descriptors of their launcher, and its limit is 64"):
+        check_descriptors(Launch(command=("x",), nproc=8), 64)
 
 
 # --- the environment of a trainer -----------------------------------------------------------------------------------
@@ -206,7 +222,7 @@ def test_a_staging_folder_that_cannot_be_used_is_a_configuration_error(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("answers", "named", "stack", "uploader", "wanted", "need"),
+    ("answers", "must_answer", "stack", "uploader", "wanted", "need"),
     [
         (False, True, False, False, True, Need.SERVER),
         (False, False, False, False, True, Need.STACK),
@@ -218,9 +234,12 @@ def test_a_staging_folder_that_cannot_be_used_is_a_configuration_error(tmp_path:
         (True, True, True, False, True, Need.STACK),
     ],
 )
-def test_what_a_launch_needs(*, answers: bool, named: bool, stack: bool, uploader: bool, wanted: bool, need: Need) -> None:
-    """A named server that does not answer is never replaced; a local stack is held on to; an uploader is started only if wanted."""
-    assert decide(Facts(answers=answers, named=named, stack_is_up=stack, uploader_is_there=uploader, uploader_wanted=wanted)) is need
+def test_what_a_launch_needs(*, answers: bool, must_answer: bool, stack: bool, uploader: bool, wanted: bool, need: Need) -> None:
+    """A server that must answer is never replaced; a local stack is held on to; an uploader is started only if wanted."""
+    assert (
+        decide(Facts(answers=answers, must_answer=must_answer, stack_is_up=stack, uploader_is_there=uploader, uploader_wanted=wanted))
+        is need
+    )
 
 
 # --- stalls ---------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ def test_without_restarts_left_the_others_are_stopped_and_its_status_is_the_jobs
         job, actions = policy.exited(job, given, seat, Outcome(signal=15), 1.0)
         assert actions == []
     assert policy.over(job)
+    assert policy.due_at(job) is None
     assert policy.status(job) == 3
 
 
@@ -141,6 +142,14 @@ def test_user_signals_are_passed_on_and_change_nothing(number: int) -> None:
     """SIGUSR1 and SIGUSR2 are the trainers' own business."""
     job = begun(rules())
     assert policy.signalled(job, rules(), number, 0.0) == (job, [Send(number)])
+
+
+def test_ctrl_z_is_not_followed_and_that_is_said() -> None:
+    """A stopped launcher would not beat."""
+    job = begun(rules())
+    decision = policy.signalled(job, rules(), signal.SIGTSTP, 0.0)
+    assert (decision[0], acts(decision)) == (job, [])
+    assert "Ctrl-Z" in says(decision)
 
 
 def test_nobody_is_restarted_while_stopping() -> None:

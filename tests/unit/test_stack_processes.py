@@ -26,6 +26,16 @@ print(child.pid, flush=True)
 signal.pause()
 """
 
+PATIENT = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+print("on", flush=True)
+signal.pause()
+while open("/proc/{other}/stat").read().rpartition(")")[2].split()[0] != "Z":
+    time.sleep(0.01)
+raise SystemExit(3)
+"""
+
 
 @pytest.fixture
 def started(tmp_path: Path):
@@ -65,7 +75,7 @@ def test_a_number_given_anew_is_never_signalled(started):
     for stranger in (dataclasses.replace(found, started_ticks=found.started_ticks - 1), dataclasses.replace(found, boot="other")):
         assert not processes.alive(stranger)
         assert processes.send(stranger, signal.SIGKILL) is False
-        assert processes.stop({stranger: 0}) == []
+        assert processes.stop([stranger], grace_s=0) == []
     assert child.poll() is None
 
 
@@ -73,7 +83,7 @@ def test_stop_lets_a_process_end_by_itself(started, tmp_path):
     """SIGTERM comes first; nothing has to be killed."""
     child, found = started("import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); print('on', flush=True); signal.pause()")
     assert said(tmp_path / "log") == "on"
-    assert processes.stop({found: 30}) == []
+    assert processes.stop([found], grace_s=30) == []
     assert child.wait() == 7
 
 
@@ -81,15 +91,24 @@ def test_stop_kills_what_ignores_it(started, tmp_path):
     """After the grace there is SIGKILL, and the caller learns of it."""
     child, found = started(STUBBORN)
     assert said(tmp_path / "log") == "armed"
-    assert processes.stop({found: 0.2}) == [found]
+    assert processes.stop([found], grace_s=0.2) == [found]
     assert child.wait() == -signal.SIGKILL
+
+
+def test_each_has_its_own_grace(started, tmp_path):
+    """One that hangs is killed in its time, while another is still at its work; that one ends by itself."""
+    hung, hanging = started(STUBBORN, "hanging")
+    busy, working = started(PATIENT.format(other=hung.pid))
+    assert (said(tmp_path / "hanging"), said(tmp_path / "log")) == ("armed", "on")
+    assert processes.stop_each({hanging: 0.1, working: 60}) == [hanging]
+    assert (hung.wait(), busy.wait()) == (-signal.SIGKILL, 3)
 
 
 def test_stop_in_a_hurry_ends_the_grace(started, tmp_path):
     """A second Ctrl-C does not wait."""
     child, found = started(STUBBORN)
     assert said(tmp_path / "log") == "armed"
-    assert processes.stop({found: 600}, hurried=lambda: True) == [found]
+    assert processes.stop_each({found: 600}, hurried=lambda: True) == [found]
     assert child.wait() == -signal.SIGKILL
 
 
@@ -98,7 +117,7 @@ def test_stop_ends_the_whole_session(started, tmp_path):
     _, found = started(FAMILY)
     grandchild = processes.identify(int(said(tmp_path / "log")))
     assert grandchild is not None
-    assert processes.stop({found: 30}) == []
+    assert processes.stop([found], grace_s=30) == []
     eventually(lambda: not processes.alive(grandchild), what="the end of the grandchild")
 
 
@@ -106,7 +125,7 @@ def test_a_stopped_process_is_ended_too(started):
     """SIGSTOP does not save it from an orderly end."""
     child, found = started(SLEEP)
     os.kill(child.pid, signal.SIGSTOP)
-    assert processes.stop({found: 30}) == []
+    assert processes.stop([found], grace_s=30) == []
 
 
 def test_a_service_ends_with_its_starter(tmp_path):

@@ -138,6 +138,19 @@ def test_scan_of_what_is_not_there_is_empty(tmp_path: Path) -> None:
     assert scan(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize("name", ["slot-0.json", "slot-0.lock"])
+def test_what_cannot_be_opened_hides_nothing_else(slot: Found, tmp_path: Path, name: str) -> None:
+    """A folder where a file should be, say: that slot is left alone, the others are scanned and reclaimed."""
+    odd = tmp_path / "aaa" / "w0"
+    odd.mkdir(parents=True)
+    (odd / name).mkdir()
+    if name == "slot-0.lock":
+        (odd / "slot-0.json").write_bytes(record(1).encode())
+    reclaim(str(tmp_path))
+    assert [found.files for found in staged(tmp_path)] == [slot.files]
+    assert scan(str(tmp_path))[0].kind == "FOREIGN"
+
+
 def test_the_fallback_folder_is_scanned_as_well(slot: Found, tmp_path: Path) -> None:
     """What trainers staged on disk because shared memory was too small uploads like the rest."""
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"

@@ -19,6 +19,7 @@ from typing import Final
 import worker_agent
 from dtr.config import Settings
 from dtr.errors import DtrError
+from dtr.store import open_store
 from worker_agent.demo.checks import Check
 from worker_agent.demo.director import Outcome, direct
 from worker_agent.demo.figures import Figures
@@ -82,18 +83,20 @@ def run(options: Options, interrupts: Interrupts, report: Report) -> Outcome:
     """Do the demo in folders of its own, and clear them up however it ends."""
     memory_bytes, disk_bytes = needs(options)
     place = Workplace.create(memory_bytes=memory_bytes, disk_bytes=disk_bytes)
-    keep = options.keep
+    keep, begun = options.keep, False
     try:
         with interrupts.allowed():
             settings = settings_of(place, options, port=free_port(), stamp=time.strftime(f"{JOB}-%Y%m%d-%H%M%S-{os.getpid()}"))
             base = clean_environment(os.environ, import_from=Path(worker_agent.__file__).parents[1], installed=installed_packages())
             os.environ.clear()
             os.environ.update(place.environment(base, settings))
+            open_store(str(settings.store)).probe()  # what is wrong with it is best said before anything runs
+            begun = True
             outcome = direct(options, place, settings, report)
         keep = keep or not outcome.ok
         return outcome
-    except DtrError:
-        keep = True
+    except Exception:
+        keep = keep or begun  # for whoever wants to know why
         raise
     finally:
         report.close()
@@ -124,13 +127,13 @@ def main(argv: Sequence[str]) -> int:
         outcome = run(options, interrupts, report)
         conclude(report, outcome.figures.rows(), outcome.checks)
         if options.store is not None:
-            report.hint(f"the checkpoints stay in {options.store}")
+            report.hint(f"the checkpoints stay in {outcome.store}")
         if options.json:
             print(to_json(outcome.figures, outcome.checks))
         return 0 if outcome.ok else 1
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
-            report.say("interrupted: everything that the demo started has ended, and its folders are gone")
+            report.say("interrupted: all that the demo started has ended" + ("" if args.keep else ", its folders are gone"))
         return interrupts.status
     except DtrError as exc:
         print(f"dtr demo: {exc.message}", file=sys.stderr)

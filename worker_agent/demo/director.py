@@ -23,13 +23,14 @@ from worker_agent.demo.advice import advice
 from worker_agent.demo.checks import Check, Ending, check_all
 from worker_agent.demo.corpus import library, write_corpus
 from worker_agent.demo.figures import Figures, measure
+from worker_agent.demo.gradients import GRADIENTS
 from worker_agent.demo.inspection import Inspection, inspect
 from worker_agent.demo.model import Shape
 from worker_agent.demo.narrator import Narrator, number_of
 from worker_agent.demo.options import Options
 from worker_agent.demo.records import Notes
 from worker_agent.demo.report import LiveReport, Now, Report
-from worker_agent.demo.story import Kill, Story
+from worker_agent.demo.story import Kill, RunStory, Story
 from worker_agent.demo.trainer import Plan
 from worker_agent.demo.workplace import Workplace
 
@@ -37,6 +38,7 @@ __all__ = ["Outcome", "TrainersFailed", "direct"]
 
 _LOOK_EVERY_MS: Final = 100
 _STUCK_S: Final = 150.0  # longer than any wait of a trainer's own
+_READY_WITHIN_S: Final = 20.0
 _END_WITHIN_S: Final = 10.0
 _LOG_LINES: Final = 12
 _FILE_SAMPLES: Final = 20_480
@@ -48,10 +50,11 @@ class TrainersFailed(DtrError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The numbers and the verdicts."""
+    """The numbers, the verdicts, and the URL of the store."""
 
     figures: Figures
     checks: Sequence[Check]
+    store: str
 
     @property
     def ok(self) -> bool:
@@ -79,7 +82,7 @@ def direct(options: Options, place: Workplace, settings: Settings, report: Repor
     report.say(f"data: {corpus.sources} modules of Python's standard library as {corpus.samples:,} samples")
     plan = Plan(
         corpus=str(corpus.folder), notes=str(place.notes), memory=str(place.gradients), steps=options.steps, workers=options.workers,
-        save_every=options.save_every, rejoin_after_s=options.rejoin_after_s, shape=shape,
+        save_every=options.save_every, victim=options.victim, kill_at=options.kill_at, rejoin_after_s=options.rejoin_after_s, shape=shape,
     )  # fmt: skip
     report.say("starting Redis, an uploader and Flower")
     with (
@@ -96,7 +99,8 @@ def direct(options: Options, place: Workplace, settings: Settings, report: Repor
     seconds = time.monotonic() - began
     if found.sample:
         report.say(f"the restored model writes: {found.sample}")
-    return Outcome(figures=measure(watch.story, found.uploads, workers=options.workers, seconds=seconds), checks=checks)
+    figures = measure(watch.story, found.uploads, workers=options.workers, seconds=seconds)
+    return Outcome(figures=figures, checks=checks, store=str(settings.store))
 
 
 def _tell_where(report: Report, up: Up, place: Workplace, settings: Settings, options: Options) -> None:
@@ -134,15 +138,28 @@ def _ending(options: Options, place: Workplace, status: int, found: Inspection) 
 
 @contextlib.contextmanager
 def launched(command: Sequence[str], place: Workplace) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block at the latest, and with this one whatever happens to it."""
+    """A launcher that ends with the block at the latest, its trainers first, and with this process whatever happens to it."""
     child = processes.start(command, log=place.launcher_log, cwd=place.folder)
-    itself = processes.identify(child.pid)
     try:
         yield child
     finally:
-        if itself is not None:
-            processes.stop({itself: _END_WITHIN_S})
-        child.wait()
+        child.terminate()
+        try:
+            child.wait(_END_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            child.kill()  # what it leaves behind is ended when the folders are cleared
+            child.wait()
+
+
+@contextlib.contextmanager
+def _interruption_told(report: Report) -> Iterator[None]:
+    """Ending everything takes a few seconds: say at once that it has begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        report.close()
+        report.say("interrupted: ending everything")
+        raise
 
 
 class Watch:
@@ -155,6 +172,7 @@ class Watch:
         self._narrator = Narrator(saves=not isinstance(report, LiveReport))
         self._event_id = "0-0"
         self._heard_at = time.monotonic()
+        self._due_at: float | None = None
 
     def until_end(self, command: Sequence[str]) -> int:
         """Start the launcher and watch until it has ended; returns its exit status.
@@ -162,7 +180,7 @@ class Watch:
         Raises:
             TrainersFailed: it failed, or nothing happened for long.
         """
-        with launched(command, self._place) as child:
+        with launched(command, self._place) as child, _interruption_told(self._report):
             self._heard_at = time.monotonic()
             while child.poll() is None:
                 self._look()
@@ -185,29 +203,45 @@ class Watch:
         for note in self._notes.fresh():
             self._heard_at = time.monotonic()
             self.story.add(note)
-        if self._options.kill and self.story.kill is None:
-            self._kill_if_due()
+        if self._options.victim is not None and self.story.kill is None:
+            self._kill_if_due(self._options.victim)
         for line in self._narrator.fresh(self.story):
             self._report.say(line.text, line.style)
         if self.story.run is not None:
             self._report.show(now_of(self.story, self._options.steps))
 
-    def _kill_if_due(self) -> None:
+    def _kill_if_due(self, victim: int) -> None:
+        """Once there is a commit to restore and all the others wait for the victim, which stands still for this."""
         story, options = self.story, self._options
         run = story.run
-        if run is None or run.world_size != options.workers or run.training_at is None or story.step < options.kill_at:
+        if run is None or run.world_size != options.workers or story.step < options.kill_at - 1:
             return
-        if not story.commits and story.step < options.steps * 3 // 4:
-            return  # a slow store: wait, so that there is something to restore
-        victim = next(worker for worker, formed in run.formed.items() if formed.rank == options.workers // 2)
-        process = processes.identify(story.pids[victim])
+        self._due_at = self._due_at or time.monotonic()
+        ready = bool(story.commits) and self._waiting_for_gradients(run) == options.workers - 1
+        if not ready and time.monotonic() - self._due_at < _READY_WITHIN_S:
+            return
+        worker = story.seats[victim]
+        process = processes.identify(story.pids[worker])
         if process is None:
             return  # it ended by itself; the launcher will say so
-        at, wall_ms = time.monotonic(), time.time() * 1000
+        kill = Kill(
+            at=time.monotonic(),
+            wall_ms=time.time() * 1000,
+            worker=worker,
+            rank=run.formed[worker].rank,
+            pid=process.pid,
+            run=run.id,
+            step=story.step,
+        )
         if processes.send(process, signal.SIGKILL):
-            story.kill = Kill(
-                at=at, wall_ms=wall_ms, worker=victim, rank=run.formed[victim].rank, pid=process.pid, run=run.id, step=story.step
-            )
+            story.kill = kill
+
+    def _waiting_for_gradients(self, run: RunStory) -> int:
+        """How many ranks have arrived at the barrier of the step in which the kill is due, as anyone sees it in Redis."""
+        seq = self._options.kill_at - run.begins_after - 1
+        with translate(self._state.url):
+            arrived = self._state.redis.hget(self._state.keys.barrier(GRADIENTS, run.id, seq).round, "arrived")
+        return int(arrived or 0)
 
     def _log_end(self) -> str:
         log = self._place.launcher_log
@@ -220,6 +254,7 @@ def now_of(story: Story, steps: int) -> Now:
     run = story.run
     gone = story.kill.worker if story.kill is not None and run is not None and story.kill.run == run.id else ""
     phases = {worker: "killed" if worker == gone else phase for worker, phase in sorted(story.phases.items())}
+    stalls_s = story.stalls_s()
     return Now(
         step=story.step,
         steps=steps,
@@ -228,4 +263,5 @@ def now_of(story: Story, steps: int) -> Now:
         doing={number_of(worker): phase for worker, phase in phases.items()},
         saved=len(story.saves),
         durable=len(story.commits),
+        stall_s=stalls_s[-1] if stalls_s else None,
     )

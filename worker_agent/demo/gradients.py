@@ -18,10 +18,12 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SharedGradients", "file_bytes", "slice_of"]
+__all__ = ["GRADIENTS", "MEAN", "SharedGradients", "file_bytes", "slice_of"]
 
 Floats = NDArray[np.float32]
 
+GRADIENTS: Final = "gradients"  # every rank has written its row
+MEAN: Final = "mean"  # every rank has averaged its slice
 _FLOAT_BYTES: Final = 4
 _PREFIX: Final = "gradients-"
 
@@ -79,11 +81,11 @@ class SharedGradients:
         """Average the rows together with the other ranks, and return the mean: the same bits for each of them.
 
         Args:
-            meet: a barrier of all ranks, called with ``"gradients"`` and then ``"mean"``; what it raises is passed on.
+            meet: a barrier of all ranks, called with `GRADIENTS` and then `MEAN`; what it raises is passed on.
         """
-        meet("gradients")
+        meet(GRADIENTS)
         np.mean(self._rows[:-1, self._columns], axis=0, out=self._rows[-1, self._columns])
-        meet("mean")
+        meet(MEAN)
         return self.mean
 
     def __enter__(self) -> Self:

@@ -59,7 +59,7 @@ class Narrator:
                 yield f"restored {run.id}", Line(_restored(run))
             if run.training_at is not None and story.kill is not None and before is not None:
                 since_s = run.training_at - story.kill.at
-                yield f"training {run.id}", Line(f"{run.world_size} train again, {since_s:.2f} s after the kill", "green")
+                yield f"training {run.id}", Line(f"training again with {_ranks(run)}, {since_s:.2f} s after the kill", "green")
             if self._tell_saves:
                 yield from _saved(story, run)
             if story.kill is not None and story.kill.run == run.id:
@@ -72,10 +72,14 @@ class Narrator:
             before = run
 
 
+def _ranks(run: RunStory) -> str:
+    return f"{run.world_size} rank{'s' if run.world_size > 1 else ''}"
+
+
 def _formed(run: RunStory) -> str:
     held = " ".join(str(len(run.shards[worker])) for worker in sorted(run.formed, key=lambda worker: run.formed[worker].rank))
     total = sum(len(shards) for shards in run.shards.values())
-    return f"run {run.id}: {run.world_size} ranks, which hold {held} of {total} shards"
+    return f"run {run.id}: {_ranks(run)} with {held} of {total} shards"
 
 
 def _moved(before: RunStory, run: RunStory) -> str:
@@ -97,7 +101,7 @@ def _restored(run: RunStory) -> str:
     if found.step < 0:
         return "nothing to restore: training begins with fresh weights"
     longest = max(restored.seconds for restored in run.restored.values())
-    return f"all {run.world_size} restored step {found.step} of run {found.from_run} in {longest:.2f} s"
+    return f"restored step {found.step} of run {found.from_run} on {_ranks(run)} in {longest:.2f} s"
 
 
 def _saved(story: Story, run: RunStory) -> Iterator[tuple[str, Line]]:
@@ -132,4 +136,4 @@ def _halted(story: Story, run: RunStory) -> str:
         return f"run {run.id} ended: {told.reason}"
     newcomers = sorted(trainer(worker) for worker, phase in story.phases.items() if worker not in run.formed) or ["a newcomer"]
     last = max(halted.step for halted in run.halted.values())
-    return f"{', '.join(newcomers)} is back: a barrier told all {run.world_size} in one round, after step {last}"
+    return f"{', '.join(newcomers)} is back: a barrier told {_ranks(run)} in one round, after step {last}"

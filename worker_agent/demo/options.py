@@ -71,8 +71,13 @@ class Options:
         return max(1, self.steps // _SAVES)
 
     @property
+    def victim(self) -> int | None:
+        """The launcher's number of the trainer that is killed; not 0, which writes the checkpoints."""
+        return self.workers // 2 if self.kill else None
+
+    @property
     def kill_at(self) -> int:
-        """The step at which a trainer is killed: about midway between two saves, so that there is something to do again."""
+        """The step in which a trainer is killed: about midway between two saves, so that there is something to do again."""
         middle = self.steps * 2 // 5 // self.save_every * self.save_every
         return middle + self.save_every // 2
 

@@ -19,8 +19,9 @@ __all__ = ["Committed", "Event", "Finished", "Formed", "Halted", "Note", "Notebo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A trainer process is there; ``restarts`` counts its predecessors."""
+    """A trainer process is there, in the launcher's seat ``local_rank``; ``restarts`` counts its predecessors."""
 
+    local_rank: int
     restarts: int
 
 

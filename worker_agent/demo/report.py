@@ -28,7 +28,9 @@ _NARROWEST: Final = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Now:
-    """What happens at the moment: ``doing`` is what each trainer does, by its number; ``saved`` and ``durable`` count saves."""
+    """What happens at the moment: ``doing`` is what each trainer does, by its number; ``saved`` and ``durable`` count saves,
+    the last of which stopped training for ``stall_s``.
+    """
 
     step: int
     steps: int
@@ -37,6 +39,7 @@ class Now:
     doing: Mapping[str, str]
     saved: int
     durable: int
+    stall_s: float | None
 
 
 class Report(Protocol):
@@ -134,7 +137,8 @@ class LiveReport(_Lines):
 def _progress(now: Now) -> str:
     loss = "" if now.loss is None else f", loss {now.loss:.2f}"
     speed = "" if now.step_s is None else f", {now.step_s * 1000:.0f} ms each"
-    return f"step {now.step + 1} of {now.steps}{speed}{loss}; {now.saved} saved, {now.durable} durable"
+    stall = "" if now.stall_s is None else f", stall {now.stall_s * 1000:.0f} ms"
+    return f"step {now.step + 1} of {now.steps}{speed}{loss}; {now.saved} saved, {now.durable} durable{stall}"
 
 
 def _trainers(now: Now) -> str:
@@ -148,11 +152,11 @@ def _display(now: Now, console: Console) -> RenderableType:
     width = console.width
     length = min(width, _LONGEST_BAR)
     done = length * (now.step + 1) // now.steps
-    dash = "-" if console.options.ascii_only else "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
+    full, empty = "#-" if console.options.ascii_only else "\N{BOX DRAWINGS HEAVY HORIZONTAL}\N{BOX DRAWINGS LIGHT HORIZONTAL}"
     lines = [Text(_progress(now)), Text(_trainers(now), "dim")]
     for line in lines:
         line.truncate(width, overflow="ellipsis")
-    return Group(Text(), Text.assemble((dash * done, "green"), (dash * (length - done), "dim")), *lines)
+    return Group(Text(), Text.assemble((full * done, "green"), (empty * (length - done), "dim")), *lines)
 
 
 def conclude(report: Report, rows: Sequence[tuple[str, str]], checks: Sequence[Check]) -> None:

@@ -92,6 +92,7 @@ class Story:
         runs: in the order in which they formed.
         saves: the notes of each save, by worker.
         commits: of each save that is durable.
+        seats, pids: the worker in each seat of the launcher, and its newest process.
         kill: once it was done.
         recorded_at_ms: when Redis had the killed trainer's departure on record, by its own clock.
     """
@@ -104,6 +105,7 @@ class Story:
         self.steps_done: dict[str, int] = {}
         self.phases: dict[str, str] = {}
         self.pids: dict[str, int] = {}
+        self.seats: dict[int, str] = {}
         self.finished: set[str] = set()
         self.kill: Kill | None = None
         self.recorded_at_ms: float | None = None
@@ -116,6 +118,7 @@ class Story:
         match event:
             case Started():
                 self.pids[worker] = note.pid
+                self.seats[event.local_rank] = worker
                 self.phases[worker] = "starting" if not event.restarts else "coming back"
             case Formed():
                 run = self._run(event.run)

@@ -29,6 +29,7 @@ from worker_agent.demo.records import Committed, Finished, Formed, Halted, Noteb
 __all__ = ["DATASET", "Plan", "main"]
 
 DATASET: Final = "stdlib"
+_KILLED_WITHIN_S: Final = 60.0
 _COMMIT_WITHIN_S: Final = 120.0
 _REPLACED_WITHIN_S: Final = 60.0
 _REPLACEMENT_ROUND_S: Final = 0.1
@@ -47,6 +48,8 @@ class Plan:
         save_every: steps from one save to the next; the last step is saved in any case.
         batch: samples that each rank takes for a step.
         shard_size: samples in a shard.
+        victim: LOCAL_RANK of the trainer that is to be killed; None: nobody.
+        kill_at: the step in which that happens.
         rejoin_after_s: how long a restarted trainer takes to come back, as a new machine would.
         seed: of the weights and the order of the data.
         shape: of the model.
@@ -60,6 +63,8 @@ class Plan:
     save_every: int
     batch: int = 96
     shard_size: int = 1024
+    victim: int | None = None
+    kill_at: int = -1
     rejoin_after_s: float = 0.0
     seed: int = 7
     shape: Shape = field(default_factory=Shape)
@@ -81,10 +86,11 @@ class Trainer:
         plan: what to do.
         agent: started.
         notebook: where to write what happens.
+        doomed: whether this is the process that is to be killed.
     """
 
-    def __init__(self, plan: Plan, agent: Agent, notebook: Notebook) -> None:
-        self._plan, self._agent, self._notebook = plan, agent, notebook
+    def __init__(self, plan: Plan, agent: Agent, notebook: Notebook, *, doomed: bool) -> None:
+        self._plan, self._agent, self._notebook, self._doomed = plan, agent, notebook, doomed
         self._model = ByteModel(plan.shape, plan.seed)
         self._optimizer = Adam(plan.shape.parameters)
         self._last_save: SaveHandle | None = None
@@ -138,6 +144,8 @@ class Trainer:
     def _step(self, step: int, feed: Feed, shared: SharedGradients) -> None:
         agent, plan = self._agent, self._plan
         shared.own[-1] = self._model.gradient(feed.of_step(step), out=shared.own[:-1])
+        if self._doomed and step == plan.kill_at:
+            time.sleep(_KILLED_WITHIN_S)  # the others wait for this rank's gradient when the signal comes
         mean = shared.average(agent.barrier)
         loss = float(mean[-1])
         self._optimizer.update(self._model.flat, mean[:-1])
@@ -214,11 +222,12 @@ def main(argv: list[str]) -> int:
     launcher = LauncherEnvironment.load()
     agent: Any = Agent.from_env()
     notebook = Notebook(Path(plan.notes), agent.worker_id)
-    notebook.write(Started(restarts=launcher.restarts))
+    notebook.write(Started(local_rank=launcher.local_rank, restarts=launcher.restarts))
     if launcher.restarts:
         time.sleep(plan.rejoin_after_s)
+    doomed = launcher.local_rank == plan.victim and not launcher.restarts
     with agent:
-        Trainer(plan, agent, notebook).train()
+        Trainer(plan, agent, notebook, doomed=doomed).train()
     return 0
 
 

@@ -5,7 +5,7 @@ Who does what, from the decisions down to the shells that act:
 =================  ===========================================================================================================
 ``policy``         pure: what follows when a trainer ends, a signal comes, time passes
 ``stall``          pure: when a living trainer counts as stalled
-``launch``         pure: what is launched, the environment of each trainer
+``plan``           pure: what is launched, the environment of each trainer
 ``loop``           the one thread that waits for events, asks the policy and acts
 ``children``       a trainer as a process with its group
 ``desk``, ``care`` registrations over a Unix socket per seat, and who is looked after because of them
@@ -16,7 +16,7 @@ Who does what, from the decisions down to the shells that act:
 =================  ===========================================================================================================
 """
 
-from worker_agent.launcher.launch import Launch
 from worker_agent.launcher.main import Given, launch
+from worker_agent.launcher.plan import Launch
 
 __all__ = ["Given", "Launch", "launch"]

@@ -44,6 +44,7 @@ class Child:
             self._process.kill()
             self._process.wait()
             raise
+        self.stalled = False
         self.killed_because = ""
         self._asked_rest_at: float | None = None
 
@@ -96,5 +97,14 @@ class Child:
             if asked_s < REST_GRACE_S + UNKILLABLE_S:
                 return False
         self._process.wait()
+        self._bury_orphans()
         os.close(self.pidfd)
         return True
+
+    def _bury_orphans(self) -> None:
+        """Where the launcher is the first process of a container, what a trainer left behind has become its child."""
+        try:
+            while os.waitpid(-self.pid, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return

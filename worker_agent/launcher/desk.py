@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Protocol
 
-from dtr.errors import InvalidInput
-from worker_agent.launcher.launch import Seat
+from dtr.errors import InvalidInput, Unavailable
+from worker_agent.launcher.plan import Seat
 from worker_agent.registration import LONGEST_LINE_BYTES, OK, Leave, Registration, error_line, parse_line
 
 __all__ = ["Desk", "Listener", "Visitor"]
@@ -73,12 +73,15 @@ class Desk:
         """Make the sockets.
 
         Raises:
-            OSError: a socket cannot be made.
+            Unavailable: one cannot be made.
         """
         for number, seat in enumerate(self._seats):
-            entrance = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._entrances.append(entrance)
-            entrance.bind(seat.socket)
+            try:
+                entrance = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._entrances.append(entrance)
+                entrance.bind(seat.socket)
+            except OSError as exc:
+                raise Unavailable(f"the socket {seat.socket} for a trainer cannot be made: {exc.strerror}") from exc
             entrance.listen(16)
             entrance.setblocking(False)
             self._watch(entrance, partial(self._accept, number, entrance))
@@ -150,7 +153,7 @@ class Desk:
         for entrance in self._entrances:
             path = entrance.getsockname()
             entrance.close()
-            if path:
+            if path:  # it was bound
                 os.unlink(path)
         self._entrances.clear()
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from redis import exceptions as rx
+
 from dtr.checkpoint.slots import scan
 from dtr.config import Settings
-from dtr.errors import ConfigError, CoordinatorUnavailable
+from dtr.errors import CoordinatorRefused, CoordinatorUnavailable
 from dtr.host import host_id
 from dtr.stack import Stack, server
 from dtr.stack.services import Plan, uploader_service
@@ -41,19 +43,19 @@ class Need(enum.Enum):
     NOTHING = "nothing"
     STACK = "a local stack, which may have a server to start, an uploader, or both"
     UPLOADER = "an uploader alone, beside a server that others run"
-    SERVER = "the coordinator that was named"
+    SERVER = "the coordinator, and none may be started in its place"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What was found.
 
-    ``answers``: something, at the URL; ``named``: the user chose that URL; ``stack_is_up``: the local one of this home, with its server
-    at the URL; ``uploader_is_there``: one for this host.
+    ``answers``: something, at the URL; ``must_answer``: no server may be started there; ``stack_is_up``: the local one of this home,
+    with its server at the URL; ``uploader_is_there``: one for this host.
     """
 
     answers: bool
-    named: bool
+    must_answer: bool
     stack_is_up: bool
     uploader_is_there: bool
     uploader_wanted: bool
@@ -62,7 +64,7 @@ class Facts:
 def decide(facts: Facts) -> Need:
     """What to see to. A local stack that is up already is held on to: whoever started it may end before this launch."""
     if not facts.answers:
-        return Need.SERVER if facts.named else Need.STACK
+        return Need.SERVER if facts.must_answer else Need.STACK
     if facts.stack_is_up:
         return Need.STACK
     return Need.UPLOADER if facts.uploader_wanted and not facts.uploader_is_there else Need.NOTHING
@@ -76,13 +78,13 @@ class Ground:
 
 
 @contextlib.contextmanager
-def standing(settings: Settings, home: Path, *, named_by: str, uploader: bool) -> Iterator[Ground]:
+def standing(settings: Settings, home: Path, *, must_answer: str, uploader: bool) -> Iterator[Ground]:
     """See to it that a coordinator and an uploader are there, for the time of the block.
 
     Args:
         settings: with the coordinator's URL and the staging folder.
         home: of the local stack.
-        named_by: how the user chose that URL (an option, a variable, a file); empty if it is the default: a server may be started there.
+        must_answer: why no server may be started in place of one that does not answer; empty if one may.
         uploader: whether an uploader is wanted.
 
     Raises:
@@ -92,31 +94,42 @@ def standing(settings: Settings, home: Path, *, named_by: str, uploader: bool) -
     url = check_url(settings.redis_url)
     with contextlib.ExitStack() as stack:
         borrowed = False
-        need = decide(_look(settings, home, named=bool(named_by), uploader=uploader))
+        need = decide(_look(settings, home, must_answer=bool(must_answer), uploader=uploader))
         if need is Need.SERVER:
             raise CoordinatorUnavailable(
-                f"Redis at {mask(url)} cannot be reached. It was named by {named_by}, so none is started in its place: "
-                "start it, correct the URL, or name none to have one started here"
+                f"Redis at {mask(url)} cannot be reached, and none is started in its place: {must_answer}. Start it, or correct the URL."
             )
         if need is Need.STACK:
-            borrowed = _borrow(stack, Stack(home, settings, flower=False, planner=make_plan if uploader else _without_uploader))
-            need = decide(replace(_look(settings, home, named=bool(named_by), uploader=uploader), stack_is_up=False))
+            local = Stack(home, settings, flower=False, planner=make_plan if uploader else _without_uploader)
+            borrowed = _borrow(stack, local, f"nothing answers at {mask(url)}")
+            need = decide(replace(_look(settings, home, must_answer=bool(must_answer), uploader=uploader), stack_is_up=False))
         if need is Need.UPLOADER:  # none at all, or that of the local stack is for another staging folder
-            borrowed = _borrow(stack, Stack(_uploader_home(home, settings), settings, flower=False)) or borrowed
+            local = Stack(_uploader_home(home, settings), settings, flower=False)
+            borrowed = _borrow(stack, local, "this host has no uploader, without which saves are not committed") or borrowed
         yield Ground(uploads=borrowed and uploader)
 
 
-def _look(settings: Settings, home: Path, *, named: bool, uploader: bool) -> Facts:
+def _look(settings: Settings, home: Path, *, must_answer: bool, uploader: bool) -> Facts:
     url = settings.redis_url
-    answers = server.look(url) is not None
+    answers = _answers(url)
     host_id(settings.staging)  # so that an uploader of this host can be told from others
     return Facts(
         answers=answers,
-        named=named,
+        must_answer=must_answer,
         stack_is_up=answers and _serves(home, settings),
         uploader_is_there=answers and uploader and uploader_service(settings).probe.answers(url),
         uploader_wanted=uploader,
     )
+
+
+def _answers(url: str) -> bool:
+    """Whether a Redis that trainers can use is there; raises CoordinatorUnavailable if something else is, or if it refuses."""
+    try:
+        return server.look(url) is not None
+    except CoordinatorRefused as exc:
+        if isinstance(exc.__cause__, rx.NoPermissionError):
+            return True  # it knows the user, who may not use INFO: a trainer need not
+        raise
 
 
 def _serves(home: Path, settings: Settings) -> bool:
@@ -131,12 +144,14 @@ def _database(url: str) -> tuple[object, str]:
     return (local[1], urlsplit(url).path.strip("/") or "0") if local is not None else (url, "")
 
 
-def _borrow(stack: contextlib.ExitStack, local: Stack) -> bool:
-    """Hold on to a stack until the end of ``stack``; whether it may end with us."""
+def _borrow(stack: contextlib.ExitStack, local: Stack, why: str) -> bool:
+    """Hold on to a local stack until the end of ``stack``, started if need be; whether it may end with us."""
+    if local.status() is None:
+        log.info("%s: starting what is missing, for the time of this run", why)
     found = stack.enter_context(local.borrowed())
     if found.started:
         names = ", ".join(f"{service.name} ({service.address})" for service in found.record.services)
-        log.info("started for the time of this run: %s; logs in %s", names, local.home.path / "log")
+        log.info("started %s; logs in %s", names, local.home.path / "log")
     for note in found.notes:
         log.info("%s", note)
     return not local.home.kept
@@ -179,8 +194,4 @@ def finish_uploads(staging: str, *, within_s: float) -> int:
 
 def _staged(staging: str) -> set[str]:
     """The saves that wait for their upload."""
-    try:
-        found = scan(staging)
-    except OSError as exc:
-        raise ConfigError(f"staging: the folder {staging} cannot be read: {exc.strerror}", setting="staging") from exc
-    return {slot.record.save for slot in found if slot.kind == "STAGED" and slot.record is not None}
+    return {slot.record.save for slot in scan(staging) if slot.kind == "STAGED" and slot.record is not None}

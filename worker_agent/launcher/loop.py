@@ -21,9 +21,9 @@ from worker_agent.launcher.care import Care
 from worker_agent.launcher.children import Child
 from worker_agent.launcher.desk import Desk
 from worker_agent.launcher.inbox import Inbox
-from worker_agent.launcher.launch import Launch, Seat, environment
 from worker_agent.launcher.outcome import Outcome
 from worker_agent.launcher.output import Output
+from worker_agent.launcher.plan import Launch, Seat, environment
 from worker_agent.launcher.policy import Rules, Say, Send, Start
 from worker_agent.launcher.signals import received, signals_to_socket
 from worker_agent.launcher.stall import StallRule, Watch
@@ -49,7 +49,7 @@ def run_trainers(launch: Launch, seats: Sequence[Seat], *, settings: Settings, j
         environ: the environment that trainers get, with ours added.
 
     Raises:
-        OSError: the sockets cannot be made; nothing was started.
+        Unavailable: the sockets cannot be made; nothing was started.
     """
     output = Output(labelled=launch.nproc > 1 and launch.prefix)
     start = partial(environment, launch, settings=settings, job=job, environ=environ)
@@ -186,13 +186,17 @@ class _Loop:
             self._decided(policy.signalled(self._job, self._rules, number, time.monotonic()))
 
     def _on_stall(self, seat: int, watch: Watch) -> None:
-        who, child = self._seats[seat].label, self._children.get(seat)
-        if not watch.stalled:
+        who, child, step = self._seats[seat].label, self._children.get(seat), self._care.last_step(seat)
+        where = f"at step {step}" if step >= 0 else "before its first step"
+        if child is None or seat in self._clearing:
+            return  # it has ended meanwhile
+        if watch.overdue and self._launch.stall_kills:
+            child.kill(f"stalled {where}: {watch.stalled}; killed by the launcher")
+        elif watch.stalled and not child.stalled:
+            log.warning("%s is stalled %s: %s", who, where, watch.stalled)
+        elif not watch.stalled:
             log.warning("%s goes on", who)
-        elif watch.overdue and self._launch.stall_kills and child is not None and seat not in self._clearing:
-            child.kill(f"stalled at step {self._care.last_step(seat)}: {watch.stalled}; killed by the launcher")
-        else:
-            log.warning("%s is stalled at step %d: %s", who, self._care.last_step(seat), watch.stalled)
+        child.stalled = bool(watch.stalled)
 
     def _pid_of(self, seat: int) -> int | None:
         child = self._children.get(seat)

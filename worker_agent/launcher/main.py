@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -13,8 +14,8 @@ from dtr.stack import default_home
 from dtr.views.settings import origins
 from worker_agent.launcher.claim import claimed
 from worker_agent.launcher.ground import finish_uploads, standing
-from worker_agent.launcher.launch import Launch, find_command, seats
 from worker_agent.launcher.loop import run_trainers
+from worker_agent.launcher.plan import Launch, check_descriptors, find_command, seats
 
 __all__ = ["Given", "launch"]
 
@@ -47,14 +48,31 @@ def launch(what: Launch, given: Given, environ: Mapping[str, str]) -> int:
     """
     settings = Settings.load(environ=environ, redis_url=given.redis_url, job=given.job, staging=given.staging)
     find_command(what.command, environ)
-    _, named_by = origins(environ=environ, redis_url=given.redis_url)["redis_url"]
-    with standing(settings, default_home(environ), named_by=named_by, uploader=given.uploader) as ground:
+    check_descriptors(what, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    must_answer = _why_it_must_answer(what, given, environ)
+    with standing(settings, default_home(environ), must_answer=must_answer, uploader=given.uploader) as ground:
         with claimed(settings.staging, settings.job) as claim:
             if claim.index and what.nnodes == 1:
                 log.warning("another launcher runs for job %s on this host; if their trainers belong together, use --nnodes", settings.job)
             places = seats(what, host=claim.host, index=claim.index, folder=claim.folder)
             status = run_trainers(what, places, settings=settings, job=given.job, environ=environ)
         if ground.uploads:
-            finish_uploads(settings.staging, within_s=_UPLOADS_WITHIN_S)
-            reclaim(settings.staging)  # the memory of trainers that have ended: the uploader may end before it does that
+            _finish(settings.staging)
     return status
+
+
+def _why_it_must_answer(what: Launch, given: Given, environ: Mapping[str, str]) -> str:
+    """Why no server may be started in the coordinator's place; empty if one may."""
+    origin, place = origins(environ=environ, redis_url=given.redis_url)["redis_url"]
+    if origin != "default":
+        return f"it was named by {place}"
+    return "--nnodes needs one that all hosts reach (--url)" if what.nnodes > 1 else ""
+
+
+def _finish(staging: str) -> None:
+    """Let the uploader commit what is staged, and give back the memory of trainers that have ended: it ends too soon to do that."""
+    try:
+        finish_uploads(staging, within_s=_UPLOADS_WITHIN_S)
+        reclaim(staging)
+    except OSError as exc:
+        log.warning("the staging folder %s cannot be cleared up: %s", staging, exc)

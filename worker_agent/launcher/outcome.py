@@ -36,7 +36,7 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """As it is recorded in Redis, which knows the step: ``exit 3``, ``signal 9 (SIGKILL)``."""
+        """As it is recorded in Redis: ``exit 3``, ``signal 9 (SIGKILL)``."""
         what = f"signal {self.signal} ({signal_name(self.signal)})" if self.signal is not None else f"exit {self.code}"
         return f"{what}: {self.note}" if self.note else what
 

@@ -126,7 +126,12 @@ def replaced(job: Job, rules: Rules, seat: int, now: float) -> Decision:
 
 
 def signalled(job: Job, rules: Rules, number: int, now: float) -> Decision:
-    """The launcher got a signal: the first to stop is passed on and starts the grace, a later one kills; others are passed on."""
+    """The launcher got a signal: the first to stop is passed on and starts the grace, a later one kills; others are passed on.
+
+    Ctrl-Z is not followed: a launcher that is stopped does not beat, and the job would take its trainers for dead.
+    """
+    if number == signal.SIGTSTP:
+        return job, [Say("Ctrl-Z is not followed: a stopped launcher could not beat for its trainers")]
     if number not in STOP_SIGNALS:
         return job, [Send(number)]
     if job.ending is None:
@@ -157,7 +162,7 @@ def tick(job: Job, rules: Rules, now: float, *, occupied: Collection[int] = ()) 
 def due_at(job: Job, *, occupied: Collection[int] = ()) -> float | None:
     """When ``tick`` has to be called at the latest, unless something happens before."""
     if job.ending is not None:
-        return None if job.ending.killed else job.ending.deadline
+        return None if job.ending.killed or over(job) else job.ending.deadline
     return min((s.start_at for n, s in enumerate(job.seats) if s.phase == "waiting" and n not in occupied), default=None)
 
 

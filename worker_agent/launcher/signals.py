@@ -10,12 +10,12 @@ from typing import Final
 
 __all__ = ["received", "signals_to_socket"]
 
-FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+CAUGHT: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP)
 
 
 @contextlib.contextmanager
 def signals_to_socket() -> Iterator[socket.socket]:
-    """Within the block, the signals that a launcher passes on arrive as bytes on this socket.
+    """Within the block, the signals that concern a launcher arrive as bytes on this socket.
 
     One that was ignored at the start (``nohup``, a job in the background) stays ignored. Only in the main thread.
     """
@@ -23,8 +23,8 @@ def signals_to_socket() -> Iterator[socket.socket]:
     with reader, writer:
         reader.setblocking(False)
         writer.setblocking(False)
-        before = {number: signal.getsignal(number) for number in FORWARDED}
-        caught = [number for number in FORWARDED if before[number] is not signal.SIG_IGN]
+        before = {number: signal.getsignal(number) for number in CAUGHT}
+        caught = [number for number in CAUGHT if before[number] is not signal.SIG_IGN]
         for number in caught:
             signal.signal(number, _noticed)
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -39,7 +39,7 @@ def signals_to_socket() -> Iterator[socket.socket]:
 def received(reader: socket.socket) -> list[int]:
     """The numbers of the signals that have arrived."""
     try:
-        return [number for number in reader.recv(4096) if number in FORWARDED]
+        return [number for number in reader.recv(4096) if number in CAUGHT]
     except BlockingIOError:
         return []
 

@@ -17,7 +17,7 @@ class StallRule:
     """``timeout_s`` without progress is a stall, 0 never; a pause of ``blind_s`` between two looks starts the count anew."""
 
     timeout_s: float
-    blind_s: float = 10.0
+    blind_s: float = 20.0  # longer than a beat that waits for a Redis that does not answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ __all__ = ["Departures", "Ward"]
 
 log = logging.getLogger(__name__)
 
+_FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 
 
@@ -55,7 +56,7 @@ class Ward:
         self.left = False  # it said so itself
         self._pid, self._rule, self._on_stall = pid, rule, on_stall
         self._watch: Watch | None = None
-        self._progress = Progress(step=-1, phase="starting", at=time.monotonic())
+        self._progress = Progress(step=-1, phase="alive", at=time.monotonic())  # until the page can be read
         self._beats = BeatThread(
             registration.redis_url, registration.job, registration.who, ttl_ms=registration.ttl_ms,
             interval_ms=registration.interval_ms, number=registration.number, read_progress=self._look, on_news=on_news,
@@ -102,6 +103,7 @@ class Departures:
             on_told: called from a thread once that is settled, with whether another process holds the worker_id by now.
         """
         thread = threading.Thread(target=self._tell, args=(registration, reason, on_told), name="dtr-depart", daemon=True)
+        self._open = {other: worker for other, worker in self._open.items() if other.is_alive()}
         self._open[thread] = registration.who.worker_id
         thread.start()
 
@@ -115,7 +117,7 @@ class Departures:
 
     def _tell(self, registration: Registration, reason: str, on_told: Callable[[bool], None]) -> None:
         state = JobState(registration.redis_url, registration.job, name="dtr-depart")
-        replaced, pause_s = False, 0.05
+        replaced, pause_s = False, _FIRST_PAUSE_S
         try:
             while not self._giving_up.is_set():
                 try:
@@ -124,7 +126,8 @@ class Departures:
                 except CoordinatorRefused:
                     raise
                 except (Unavailable, Recovering) as exc:
-                    log.info("Redis is not told yet that %s is gone: %s", registration.who.worker_id, exc)
+                    if pause_s == _FIRST_PAUSE_S:
+                        log.warning("Redis is told later that %s is gone (%s): %s", registration.who.worker_id, reason, exc)
                 self._giving_up.wait(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
         except StateLost:

@@ -12,9 +12,12 @@ from dtr import names
 from dtr.config import Settings
 from dtr.errors import DtrError, InvalidInput
 
-__all__ = ["CommandNotFound", "Launch", "Seat", "environment", "find_command", "seats"]
+__all__ = ["CommandNotFound", "Launch", "Seat", "check_descriptors", "environment", "find_command", "seats"]
 
-MOST_TRAINERS: Final = 1024  # of one launcher; each costs it a thread, a connection and a few descriptors
+MOST_TRAINERS: Final = 1024
+# A trainer's socket, connection and pidfd, and a connection to Redis for beats, another for the departure.
+_DESCRIPTORS_EACH: Final = 6
+_DESCRIPTORS_OTHERWISE: Final = 24
 
 
 class CommandNotFound(DtrError):
@@ -144,6 +147,17 @@ def environment(
         # Their output goes through a pipe, into which Python would print by the block: a killed trainer's last words would be lost.
         env.setdefault("PYTHONUNBUFFERED", "1")
     return env
+
+
+def check_descriptors(launch: Launch, limit: int) -> None:
+    """Make sure that ``limit`` descriptors of this process are enough for that many trainers; raises InvalidInput with the numbers."""
+    needed = _DESCRIPTORS_EACH * launch.nproc + _DESCRIPTORS_OTHERWISE
+    if needed > limit:
+        raise InvalidInput(
+            f"{launch.nproc} trainers need {needed} file descriptors of their launcher, and its limit is {limit}: "
+            f"`ulimit -n {needed}`, or fewer trainers on this host",
+            field="n",
+        )
 
 
 def find_command(command: tuple[str, ...], environ: Mapping[str, str]) -> None:
