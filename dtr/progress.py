@@ -6,11 +6,13 @@ after, so that a reader notices a page caught in the middle.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,11 +36,12 @@ class Progress:
 class ProgressPage:
     """The trainer's side. Without a path it is plain memory."""
 
-    __slots__ = ("_counter", "_map", "path")
+    __slots__ = ("_counter", "_last", "_map", "path")
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
         self._counter = 0
+        self._last = (-1, "starting", math.nan)
         if path is None:
             self._map = mmap.mmap(-1, PAGE_BYTES)
         else:
@@ -52,6 +55,20 @@ class ProgressPage:
 
     def write(self, step: int, phase: str, loss: float = math.nan) -> None:
         """Report; costs about a microsecond."""
+        self._last = (step, phase, loss)
+        self._put(step, phase, loss)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show ``what`` as the phase meanwhile: a process that waits for a hung one is not stalled itself."""
+        step, _, loss = self._last
+        self._put(step, what, loss)
+        try:
+            yield
+        finally:
+            self._put(*self._last)
+
+    def _put(self, step: int, phase: str, loss: float) -> None:
         self._counter += 1
         word = phase.encode()[:32]
         self._map[: _LAYOUT.size] = _LAYOUT.pack(_MAGIC, self._counter, step, time.monotonic(), loss, word, self._counter)

@@ -103,7 +103,7 @@ class Session:
             if self._identity is not None:
                 return self
             self.host = host_id(self.settings.staging)
-            self._page = ProgressPage(self._page_path() if self._launcher or self._beat_process else None)
+            self._page = self._new_page()
             self._announce()
             _live[(self.settings.redis_url, self.settings.job)] = self
         return self
@@ -137,6 +137,15 @@ class Session:
             self._page = None
         self._exchange.close()
         self.state.close()
+
+    def _new_page(self) -> ProgressPage:
+        if self._launcher or self._beat_process:
+            try:
+                return ProgressPage(self._page_path())
+            except OSError as exc:  # a full tmpfs must not keep a trainer from training
+                log.warning("no page of progress for the launcher (%s): this process beats for itself", exc)
+                self._launcher, self._beat_process = None, False
+        return ProgressPage()
 
     def _page_path(self) -> str:
         folder = os.path.dirname(self._launcher or "") or tempfile.gettempdir()
@@ -278,10 +287,12 @@ class Session:
             identity = self.identity
             self._ended = None
             try:
-                run = form(
-                    self.state, self._exchange, identity, world=self.world, asked_rank=self.asked_rank, settle_s=self.settings.settle_s,
-                    timeout_s=self.settings.form_timeout_s if timeout_s is None else timeout_s, after_run=self._last_run, clock=self.clock,
-                )  # fmt: skip
+                with self.page.waiting("forming"):
+                    run = form(
+                        self.state, self._exchange, identity, world=self.world, asked_rank=self.asked_rank,
+                        settle_s=self.settings.settle_s, after_run=self._last_run, clock=self.clock,
+                        timeout_s=self.settings.form_timeout_s if timeout_s is None else timeout_s,
+                    )  # fmt: skip
             except StateLost as exc:
                 self._state_lost(str(exc), identity)
                 continue
@@ -302,9 +313,9 @@ class Session:
         run, barriers = self.run, self._barriers
         if barriers is None:
             raise NotJoined(f"{self.worker_id} is in no run: call form() first")
-        wanted = self.guarded(
-            lambda: barriers.wait(name, timeout_s=self.settings.barrier_timeout_s if timeout_s is None else timeout_s, members=members)
-        )
+        timeout = self.settings.barrier_timeout_s if timeout_s is None else timeout_s
+        with self.page.waiting(f"barrier {name}"):
+            wanted = self.guarded(lambda: barriers.wait(name, timeout_s=timeout, members=members))
         if wanted == "form":
             self._ended = RosterChanged(
                 f"run {run.id} makes room: a newcomer waits for the next run. Call form().",

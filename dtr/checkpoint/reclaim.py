@@ -29,7 +29,7 @@ def _reclaim_folder(folder: str) -> int:
         free_torn(look(files) for files in slots_in(folder))
         return close_folder(folder)
     except OSError as exc:  # one folder that is not ours must not keep the others
-        log.warning("the staging folder %s cannot be reclaimed: %s", folder, exc)
+        log.debug("the staging folder %s cannot be reclaimed: %s", folder, exc)
         return 0
 
 

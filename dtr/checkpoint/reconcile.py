@@ -122,6 +122,9 @@ class Reconciler:
         elsewhere = fallback(self.staging)
         if elsewhere and not os.path.isdir(elsewhere):
             self._once(("fallback",), f"trainers of this host stage in {elsewhere}, which this uploader does not see: share that folder")
+        for slot in slots:
+            if slot.kind == "FOREIGN":
+                self._once(("foreign", slot.files.data), f"slot {slot.files.data} belongs to another version or user, and is left alone")
         for job in sorted(self._jobs() | {slot.record.job for slot in staged if slot.record is not None}):
             state = JobState(self.redis_url, job, client=self._redis)
             try:

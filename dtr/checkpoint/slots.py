@@ -252,7 +252,7 @@ def look(files: SlotFiles) -> Found:
     try:
         return _look(files)
     except OSError as exc:
-        log.warning("slot %d of %s cannot be read and is left alone: %s", files.index, files.folder, exc)
+        log.debug("slot %d of %s cannot be read and is left alone: %s", files.index, files.folder, exc)
         return Found(files=files, record=None, kind="FOREIGN")
 
 
