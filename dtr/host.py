@@ -9,7 +9,7 @@ import socket
 
 from dtr.errors import ConfigError
 
-__all__ = ["host_id", "make_staging"]
+__all__ = ["host_id", "keep_host_id", "make_staging"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 
@@ -43,11 +43,16 @@ def host_id(staging: str) -> str:
     raise ConfigError(f"staging: {path} keeps disappearing", setting="staging")
 
 
-def _create(path: str) -> None:
+def keep_host_id(staging: str, host: str) -> None:
+    """Put back the id of a folder that was emptied while its users live on; without effect if the folder has an id."""
+    _create(os.path.join(make_staging(staging), ".host-id"), host)
+
+
+def _create(path: str, host: str | None = None) -> None:
     name = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname().split(".")[0]).strip("-")[:40] or "host"
     temporary = f"{path}.{os.getpid()}.{secrets.token_hex(4)}"
     with open(temporary, "x", encoding="ascii") as file:
-        file.write(f"{name}-{secrets.token_hex(4)}\n")
+        file.write(f"{host or f'{name}-{secrets.token_hex(4)}'}\n")
     try:
         os.link(temporary, path)
     except FileExistsError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import threading
 import time
 from importlib import metadata
@@ -21,7 +22,7 @@ from dtr import publish
 from dtr.checkpoint.reconcile import Look, Reconciler, Wake
 from dtr.config import Settings
 from dtr.errors import Unavailable
-from dtr.host import host_id
+from dtr.host import host_id, keep_host_id
 from dtr.state.client import connect
 from dtr.state.keys import upload_queue, uploader
 from tasks.config import settings
@@ -99,6 +100,7 @@ class ReconcilerThread(threading.Thread):
 
     def _once(self, reconciler: Reconciler, presence: Presence) -> None:
         try:
+            self._keep_host_id()
             presence.show(self._last, _running())  # first: a look may take its time
             self._last = reconciler.look()
             presence.show(self._last, _running())
@@ -109,6 +111,21 @@ class ReconcilerThread(threading.Thread):
             log.exception("the reconciler's look failed; it goes on")
         else:
             self._say("")
+
+    def _keep_host_id(self) -> None:
+        """Somebody emptied the staging folder: put our id back, so that the next trainer does not become another host.
+
+        A trainer that was quicker has given the folder a new id, whose queue nobody consumes: end, to be started anew for that.
+        """
+        path = f"{self._given.staging}/.host-id"
+        if not os.path.exists(path):
+            log.warning("%s is gone: the id %s is put back", path, self._host)
+            keep_host_id(self._given.staging, self._host)
+        now = host_id(self._given.staging)
+        if now != self._host and not self._over.is_set():
+            log.critical("the staging folder belongs to host %s by now, not to %s: this uploader ends; start it again", now, self._host)
+            self._over.set()
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _wake(self, wakes: list[Wake]) -> None:
         """Send what is not in the queue already: as many messages as parts that wait, however long they wait."""

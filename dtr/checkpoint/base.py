@@ -21,7 +21,16 @@ from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain
 from dtr.checkpoint.manifest import RunRecord
 from dtr.checkpoint.rebuild import rebuild_missing
 from dtr.checkpoint.survey import lineage_of, links_of, read_record, record_key, records, survey
-from dtr.errors import AlreadyExists, CheckpointConflict, CheckpointError, NotFound, StoreRefused, StoreUnavailable, UnsavedLineage
+from dtr.errors import (
+    AlreadyExists,
+    CheckpointConflict,
+    CheckpointError,
+    NotFound,
+    StateCorrupt,
+    StoreRefused,
+    StoreUnavailable,
+    UnsavedLineage,
+)
 from dtr.failpoints import failpoint
 from dtr.session import Session
 from dtr.state.client import translate
@@ -50,7 +59,10 @@ def held(state: JobState, run: str) -> Held:
     """What ``run`` continues, as Redis has it."""
     with translate(state.url):
         base_state, base_run, base_step, store = state.redis.hmget(state.keys.run(run), ["base_state", "base_run", "base_step", "store"])
-    base = (base_run, int(base_step)) if base_run and base_step else None
+    try:
+        base = (base_run, int(base_step)) if base_run and base_step else None
+    except ValueError as exc:
+        raise StateCorrupt(f"{state.keys.run(run)} has a base_step that is no step: {base_step!r}") from exc
     return Held(state=base_state or "NONE", base=base, store=store or "")
 
 

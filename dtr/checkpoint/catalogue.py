@@ -11,7 +11,7 @@ from dtr.checkpoint import checksum
 from dtr.checkpoint.candidates import name_of
 from dtr.checkpoint.lineage import Lineage
 from dtr.checkpoint.manifest import Manifest, PartFacts
-from dtr.checkpoint.survey import Holdings, read_manifest
+from dtr.checkpoint.survey import Holdings, in_parallel, read_manifest
 from dtr.errors import ChecksumMismatch, IntegrityError, NotFound
 from dtr.store import Store
 
@@ -49,7 +49,7 @@ def catalogue(store: Store, lineage: Lineage, holdings: Holdings) -> tuple[Liste
     """Every decided checkpoint of the job's store: those of the lineage first, newest first, then the others."""
     on = lineage.newest_first(holdings.decided)
     order = on + sorted(holdings.decided - set(on), reverse=True)
-    return tuple(listed for run, step in order if (listed := _listed(store, lineage, run, step)) is not None)
+    return tuple(listed for listed in in_parallel(lambda name: _listed(store, lineage, *name), order) if listed is not None)
 
 
 def _listed(store: Store, lineage: Lineage, run: str, step: int) -> Listed | None:

@@ -6,9 +6,7 @@ import builtins
 import logging
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+import weakref
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
@@ -17,27 +15,23 @@ from dtr import names
 from dtr.checkpoint import base
 from dtr.checkpoint.announce import Save, Sight
 from dtr.checkpoint.catalogue import Listed, Verified, catalogue, verify_parts
+from dtr.checkpoint.first_save import FirstSave
 from dtr.checkpoint.handle import SaveHandle
-from dtr.checkpoint.lineage import Checkpoint, Lineage
+from dtr.checkpoint.lineage import Lineage
 from dtr.checkpoint.parts import Fence, Spec
 from dtr.checkpoint.publisher import Publisher
 from dtr.checkpoint.rebuild import index_checkpoint, index_run, rebuild
-from dtr.checkpoint.restore import Restored, newest_settled, read_newest, restore_run
+from dtr.checkpoint.restore import Restored, read_newest, restore_run
 from dtr.checkpoint.stage import Stage
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
 from dtr.config import LauncherEnvironment, Settings
 from dtr.errors import (
     CheckpointAborted,
     CheckpointError,
-    CoordinatorRefused,
     DtrError,
     ForkedProcess,
     NotFound,
     RosterChanged,
-    StaleIncarnation,
-    StateLost,
-    StoreRefused,
-    Unavailable,
 )
 from dtr.failpoints import failpoint
 from dtr.runs import Run, World
@@ -49,7 +43,7 @@ __all__ = ["CheckpointManager"]
 
 log = logging.getLogger(__name__)
 
-FIRST_SAVE_S: Final = 5.0  # how long the first save of a run waits for Redis and the store to fix what the run continues
+REJOIN_S: Final = 10.0  # how long a single process waits for a new run, when it has lost its own
 WRITER: Final = 0  # of replicated state: every rank knows it without asking, and a run always has one
 
 
@@ -92,7 +86,7 @@ class CheckpointManager:
         self._world_size = names.positive(world_size or launcher.world_size or 1, "world_size", 100_000)
         asked = rank if rank is not None else (launcher.rank if world_size is None else None)
         self._rank = names.rank(asked or 0, self._world_size)
-        self._launcher, self._fresh = launcher, fresh
+        self._launcher = launcher
         base_store = open_store(store)
         self.url = base_store.url
         self._store = base_store.child(self.settings.job)
@@ -100,10 +94,9 @@ class CheckpointManager:
         self._chosen = chosen is not None
         self._state: JobState | None = None
         self._stage = Stage()
+        self._first = FirstSave(self._store, self.url, fresh=fresh)
+        self._mutex = threading.RLock()
         self._publisher: Publisher | None = None
-        self._postponed: set[str] = set()  # runs whose base is left to the background
-        self._settling = threading.Lock()
-        self._restored: Checkpoint | None = None
         self._attempts: dict[str, int] = {}
         self._pid, self._closed = os.getpid(), False
 
@@ -135,10 +128,10 @@ class CheckpointManager:
         seat = run.roster[who.worker_id]
         fence = Fence(rank=run.rank, worker=who.worker_id, incarnation=seat.incarnation, host=who.host)
         started_s = session.clock.monotonic()
-        self._fix_base(session)
+        self._first.prepare(session)
         handle = SaveHandle(run.id, step)
         save = Save(
-            handle=handle, spec=spec, fence=fence, state_id=who.state_id, settle=partial(self._settle_late, session, run.id),
+            handle=handle, spec=spec, fence=fence, state_id=who.state_id, settle=partial(self._first.finish, session, run.id),
             started_s=started_s,
         )  # fmt: skip
         try:
@@ -160,43 +153,10 @@ class CheckpointManager:
         self._publishing(session).submit(save)
 
     def _publishing(self, session: Session) -> Publisher:
-        if self._publisher is None:
-            self._publisher = Publisher(session, recover_run=self._recover_run, find_decision=self._find_decision, clock=session.clock)
-        return self._publisher
-
-    # --- what the run continues -------------------------------------------------------------------------------------
-
-    def _fix_base(self, session: Session) -> None:
-        """At the first save of a run: fix what it continues. If Redis or the store is slow or away, the background does it later."""
-        run = session.run.id
-        if base.is_known(session, run, self.url) or run in self._postponed:
-            return
-        outcome: Future[None] = Future()
-        threading.Thread(target=_resolve, args=(outcome, partial(self._settle, session, run)), name="dtr-base", daemon=True).start()
-        try:
-            outcome.result(FIRST_SAVE_S)
-        except (CoordinatorRefused, StoreRefused):
-            raise
-        except (Unavailable, FutureTimeout) as exc:
-            self._postponed.add(run)
-            log.warning("what run %s continues is not on record yet; until it is, its saves stay staged: %s", run, exc or "no answer yet")
-
-    def _settle(self, session: Session, run: str) -> None:
-        with self._settling:
-            if not base.is_known(session, run, self.url):
-                base.settle(session, self._store, self.url, restored=self._restored, fresh=self._fresh)
-
-    def _settle_late(self, session: Session, run: str) -> None:
-        """Return when the base of ``run`` is SET; called in the background, before anything of the run is published."""
-        if base.is_known(session, run, self.url) or base.held(session.state, run).state == "SET":
-            return
-        if session.run.id == run:
-            try:
-                self._settle(session, run)
-                return
-            except (RosterChanged, StaleIncarnation, StateLost) as exc:
-                log.info("%s", exc)
-        raise CheckpointAborted(f"run {run} ended before it was on record what it continues, so nothing of it can be committed", run=run)
+        with self._mutex:
+            if self._publisher is None:
+                self._publisher = Publisher(session, recover_run=self._recover_run, find_decision=self._find_decision, clock=session.clock)
+            return self._publisher
 
     def _recover_run(self, state: JobState, save: Save) -> None:
         """Redis does not know the run of a staged save: tell it from the store."""
@@ -245,7 +205,7 @@ class CheckpointManager:
         rank, world_size = (session.run.rank, session.run.world_size) if session is not None else (self._rank, self._world_size)
         state = session.state if session is not None else self._own_state()
         found = read_newest(self._store, self.url, state, rank=rank, world_size=world_size, step=step, fresh=fresh)
-        self._restored = (found.run, found.step) if found is not None else None
+        self._first.restored = (found.run, found.step) if found is not None else None
         return found
 
     def _restore_run(self, session: Session, run: Run, step: int | None, fresh: bool) -> Restored | None:
@@ -285,7 +245,7 @@ class CheckpointManager:
 
     def end_run(self) -> None:
         """The run is over for this process: what it restored before is not what the next run continues."""
-        self._restored = None
+        self._first.restored = None
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Let go of threads, slots and connections. Safe to call twice.
@@ -336,16 +296,17 @@ class CheckpointManager:
 
     def _joined(self) -> Session:
         """The membership to save under; without an agent, one of our own."""
-        session = self._known_session() or self._join()
-        try:
-            session.check()
-        except RosterChanged as exc:
-            if not self._own or self._world_size > 1:
-                raise
-            log.warning("%s", exc)  # a roster of one needs nobody to go on
-            session.form()
-            self._restored = newest_settled(session, self._store, self.url)
-        return session
+        with self._mutex:
+            session = self._known_session() or self._join()
+            try:
+                session.check()
+            except RosterChanged as exc:
+                if not self._own or self._world_size > 1:
+                    raise
+                log.warning("%s; a single process does so by itself", exc)
+                session.form(timeout_s=REJOIN_S)
+                self._first.goes_on = True
+            return session
 
     def _join(self) -> Session:
         world, launcher = World(low=self._world_size, high=self._world_size), self._launcher
@@ -354,17 +315,9 @@ class CheckpointManager:
         )
         session.start()
         self._session, self._own = session, True
+        weakref.finalize(self, session.close)  # whoever forgets to close, or ends: the next process need not wait for our ttl
         session.form()
         return session
 
     def _rebuild(self, state_id: str) -> int:
         return rebuild(self._own_state(), self.url, state_id=state_id)
-
-
-def _resolve(outcome: Future[None], call: Callable[[], None]) -> None:
-    try:
-        call()
-    except BaseException as exc:
-        outcome.set_exception(exc)
-    else:
-        outcome.set_result(None)

@@ -207,7 +207,10 @@ class Publisher:
                 self._put_off(save, exc)
             return
         for save, sight in zip(watched, sights, strict=True):
-            self._judge(state, save, sight, now_s)
+            try:
+                self._judge(state, save, sight, now_s)
+            except Exception as exc:  # as above
+                self._put_off(save, exc)
 
     def _judge(self, state: JobState, save: Save, sight: Sight, now_s: float) -> None:
         error = error_of(save, sight)
@@ -235,21 +238,18 @@ class Publisher:
         unseen_s = now_s - save.unseen_since_s
         if unseen_s < FORGOTTEN_S:
             return
-        try:
-            decided = self._find_decision(state, save)
-            if decided is not None and decided.state:
-                self._judge(state, save, decided, now_s)
-                return
-            if save.part is None and unseen_s > WRITER_S:
-                save.failed = f"the run ended, and the writer, rank {save.spec.writer}, has not been heard of for {WRITER_S:g} s"
-            if save.part is not None or save.failed:
-                with self._news:
-                    if save in self._watched:
-                        self._watched.remove(save)
-                        self._inbox.append(save)
-                        save.unseen_since_s = None
-        except Exception as exc:
-            self._put_off(save, exc)
+        decided = self._find_decision(state, save)
+        if decided is not None and decided.state:
+            self._judge(state, save, decided, now_s)
+            return
+        if save.part is None and unseen_s > WRITER_S:
+            save.failed = f"the run ended, and the writer, rank {save.spec.writer}, has not been heard of for {WRITER_S:g} s"
+        if save.part is not None or save.failed:
+            with self._news:
+                if save in self._watched:
+                    self._watched.remove(save)
+                    self._inbox.append(save)
+                    save.unseen_since_s = None
 
     def _end(self, save: Save, exc: Exception) -> None:
         log.warning("%s", exc)

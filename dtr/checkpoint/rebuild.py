@@ -7,13 +7,12 @@ was looked at is left alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, head_of
 from dtr.checkpoint.manifest import Manifest, RunRecord
-from dtr.checkpoint.survey import (
+from dtr.checkpoint.survey import in_parallel, (
     Holdings,
     known_runs,
     lineage_in_index,
@@ -34,9 +33,6 @@ __all__ = ["index_checkpoint", "index_run", "rebuild", "rebuild_missing"]
 
 log = logging.getLogger(__name__)
 
-READERS: Final = 8
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 def rebuild(state: JobState, store_url: str, *, state_id: str | None = None) -> int:
@@ -129,14 +125,7 @@ def _manifests(store: Store, holdings: Holdings) -> dict[Checkpoint, Manifest]:
             return None
 
     names = sorted(holdings.decided)
-    return {name: manifest for name, manifest in zip(names, _parallel(read, names), strict=True) if manifest is not None}
-
-
-def _parallel(read: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-    if len(items) <= READERS:
-        return [read(item) for item in items]
-    with ThreadPoolExecutor(READERS, thread_name_prefix="dtr-rebuild") as pool:
-        return list(pool.map(read, items))
+    return {name: manifest for name, manifest in zip(names, in_parallel(read, names), strict=True) if manifest is not None}
 
 
 def _index_run(state: JobState, state_id: str, record: RunRecord, url: str) -> None:

@@ -69,8 +69,8 @@ def restore_run(
     if now.state == "SET":
         base.know(session, now.store)
         return _late(session, store, url, now.base, step, fresh=fresh)
-    store.probe()
     if run.rank == 0:
+        store.probe()
         rebuild_missing(session.state, store, url)
     exchange = Exchange(settings.redis_url, f"dtr-restore-{session.worker_id}")
     try:

@@ -92,9 +92,9 @@ def collect(store: Store, state: JobState, *, keep_last: int | None = None, read
         run = state.redis.hgetall(keys.run(last_run)) if last_run else {}
     if run.get("base_state") != "SET" or open_store(run["store"]).child(state.job).url != store.url:
         return Plan()
-    defaults = Settings.load(job=state.job)
-    keep = int(run.get("keep_last") or defaults.keep_last) if keep_last is None else keep_last
-    grace_ms = int(run.get("grace_ms") or defaults.reader_grace_s * 1000) if reader_grace_s is None else int(reader_grace_s * 1000)
+    keep = int(run.get("keep_last") or Settings.load().keep_last) if keep_last is None else keep_last
+    grace_s = float(run["grace_ms"]) / 1000 if run.get("grace_ms") else Settings.load().reader_grace_s
+    grace_ms = int((grace_s if reader_grace_s is None else reader_grace_s) * 1000)
     lineage, _ = lineage_in_index(state)
     base = (run["base_run"], int(run["base_step"])) if run.get("base_run") and run.get("base_step") else None
     protected = frozenset(c for c in (split_name(latest or ""), base) if c is not None)
@@ -121,8 +121,9 @@ def indexed(state: JobState, store_url: str) -> list[Indexed]:
 
 def apply(store: Store, state: JobState, todo: Plan, *, last_run: str, grace_ms: int) -> None:
     """Do what ``plan`` said, as far as Redis still agrees."""
-    retired = [name for name in todo.retire if _retire(state, last_run, *name)]
-    for run, step in [*retired, *todo.sweep]:
+    for run, step in [*todo.retire, *todo.sweep]:
+        if not _retire(state, last_run, run, step):
+            continue
         try:
             manifest = _tombstone(store, state, run, step)
         except IntegrityError as exc:  # what it names is not known, so nothing of it is touched

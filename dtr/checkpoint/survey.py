@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of
 from dtr.checkpoint.manifest import Manifest, RunRecord
@@ -33,6 +34,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+READERS: Final = 8
+In = TypeVar("In")
+Out = TypeVar("Out")
 _RECORD: Final = re.compile(r"runs/([^/]+)\.json")
 _MANIFEST: Final = re.compile(r"runs/([^/]+)/(\d+)/manifest\.json")
 
@@ -93,16 +97,25 @@ def records(store: Store, holdings: Holdings) -> dict[str, RunRecord]:
 
     So a run is known as long as anything of it can be restored.
     """
-    found: dict[str, RunRecord] = {}
-    for run in sorted(holdings.every_run):
+
+    def read(run: str) -> RunRecord | None:
         try:
-            found[run] = read_record(store, run)
+            return read_record(store, run)
         except (IntegrityError, NotFound) as exc:
             implied = _implied(store, run, holdings)
-            if implied is not None:
-                found[run] = implied
             log.error("the record of run %s cannot be used%s: %s", run, "; its commits tell the same" if implied else "", exc)
-    return found
+            return implied
+
+    runs = sorted(holdings.every_run)
+    return {run: record for run, record in zip(runs, in_parallel(read, runs), strict=True) if record is not None}
+
+
+def in_parallel(read: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
+    """``read`` of each of ``items``, in their order, a few at a time."""
+    if len(items) <= READERS:
+        return [read(item) for item in items]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="dtr-survey") as pool:
+        return list(pool.map(read, items))
 
 
 def _implied(store: Store, run: str, holdings: Holdings) -> RunRecord | None:
@@ -191,6 +204,6 @@ def lineage_of(store: Store, store_url: str, holdings: Holdings, state: JobState
                 return lineage
             if holdings.every_run:
                 log.info("Redis does not index %s in full: going by the store's own records", store_url)
-        except CoordinatorUnavailable as exc:
+        except (CoordinatorUnavailable, StateCorrupt) as exc:
             log.warning("going by the store's own records, because %s", exc)
     return lineage_in_store(links_of(records(store, holdings)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import redis
 
 from dtr import publish
 from dtr.checkpoint.slots import scan
+from dtr.host import host_id
 from dtr.state.keys import upload_queue, uploader
 from tests.servers import RedisServer, free_port
 from tests.uploads import Training, is_stopped, payload, verified
@@ -149,6 +151,15 @@ class TestOneWorker:
             os.kill(pid, signal.SIGCONT)
         committed(training, 1, 2)
 
+    def test_an_emptied_staging_folder_stays_the_same_host(self, training: Training) -> None:
+        """Somebody cleans /dev/shm: the uploader puts its id back, so that later trainers still have its queue, and living ones go on."""
+        shutil.rmtree(training.staging)
+        eventually(lambda: os.path.exists(f"{training.staging}/.host-id"), what="the id")
+        assert host_id(training.staging) == training.host
+        training.stage()
+        published(training)
+        committed(training, 1)
+
     def test_an_emptied_redis_is_filled_again(self, training: Training) -> None:
         """FLUSHALL of everything, queue and bindings included: the worker comes back by itself and takes messages."""
         with redis.Redis.from_url(training.url) as client:
@@ -237,6 +248,17 @@ class TestKills:
         assert training.state_of() == "WRITING"
         assert training.settled() == "COMMITTED"
         verified(training)
+
+
+def test_a_folder_that_became_another_host_ends_the_worker(own_valkey: RedisServer, tmp_path: Path) -> None:
+    """A trainer was quicker to give the emptied folder an id: a worker that consumed the old queue for ever would look healthy."""
+    staging = tmp_path / "staging"
+    with worker(url=own_valkey.url, staging=staging) as child:
+        fresh = staging / ".new"
+        fresh.write_text("another-host\n")
+        fresh.rename(staging / ".host-id")
+        assert child.wait(20) == 0
+        assert "belongs to host another-host by now" in log_of(child)
 
 
 def test_flower_binds_this_machine_alone(own_valkey: RedisServer, tmp_path: Path) -> None:

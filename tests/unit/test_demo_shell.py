@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -14,13 +15,17 @@ import pytest
 from rich.console import Console
 
 from dtr.config import Settings
-from dtr.errors import ConfigError, InvalidInput
+from dtr.errors import ConfigError, InvalidInput, Unavailable
 from tests.waiting import eventually
-from worker_agent.demo.__main__ import needs, parser, settings_of
+from worker_agent.demo.__main__ import main, needs, parser, settings_of
 from worker_agent.demo.advice import advice, command_of
 from worker_agent.demo.checks import Check
+from worker_agent.demo.director import Outcome
+from worker_agent.demo.figures import measure
+from worker_agent.demo.interrupts import Interrupts
 from worker_agent.demo.options import Options
 from worker_agent.demo.report import LiveReport, Now, PlainReport, conclude
+from worker_agent.demo.story import Story
 from worker_agent.demo.workplace import SHARED_MEMORY, Workplace, clean_environment, memory_base
 
 
@@ -131,6 +136,29 @@ def test_workplace_knows_its_processes_and_leaves_nothing(tmp_path, monkeypatch)
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_what_a_killed_demo_left_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    """Both its folders go; a living demo's stay, and so do kept ones and what only looks like a demo's."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    make = "from worker_agent.demo.story import Story
+from worker_agent.demo.workplace import Workplace; p = Workplace.create(memory_bytes=1, disk_bytes=1); print(p.memory)"
+    killed = subprocess.run(
+        [sys.executable, "-c", make], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    kept = Workplace.create(memory_bytes=1, disk_bytes=1)
+    kept.clear(keep=True)
+    assert not left.exists()
+    (tmp_path / "dtr-demo-mine").mkdir()
+    living = Workplace.create(memory_bytes=1, disk_bytes=1)
+    last = Workplace.create(memory_bytes=1, disk_bytes=1)
+    assert {path.name for path in tmp_path.iterdir()} == {kept.folder.name, "dtr-demo-mine", living.folder.name, last.folder.name}
+    assert living.memory.is_dir()
+    for place in (living, last):
+        place.clear(keep=False)
+        assert not place.memory.exists()
 
 
 def test_a_full_disk_is_said_before_anything_is_started(tmp_path, monkeypatch):
@@ -254,3 +282,30 @@ def test_a_failed_check_stands_out_and_is_counted():
     conclude(report, [("loss", "5 to 2")], [Check(ok=True, what="a", detail="b"), Check(ok=False, what="c", detail="d")])
     lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
     assert lines == ["loss            5 to 2", "ok      a: b", "FAILED  c: d", "1 of 2 checks failed"]
+
+
+def outcome(*, ok: bool) -> Outcome:
+    return Outcome(figures=measure(Story(), [], workers=4, seconds=1.0), checks=[Check(ok=ok, what="a", detail="b")], store="file:///s")
+
+
+@pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, 1)])
+def test_the_exit_status_is_the_verdict(monkeypatch, capsys, ok, status):
+    """A check that fails is exit status 1, and in the JSON too; nothing but JSON is on stdout."""
+    monkeypatch.setattr(Interrupts, "install", lambda self: None)
+    monkeypatch.setattr("worker_agent.demo.__main__.run", lambda options, interrupts, report: outcome(ok=ok))
+    assert main(["--json"]) == status
+    said = json.loads(capsys.readouterr().out)
+    assert (said["name"], said["ok"], said["checks"]) == ("demo", ok, [{"what": "a", "ok": ok, "detail": "b"}])
+    assert said["figures"]["recovery_s"] is None
+
+
+def test_an_error_of_dtr_is_one_line_and_its_exit_status(monkeypatch, capsys):
+    """The way of every command of dtr."""
+    monkeypatch.setattr(Interrupts, "install", lambda self: None)
+
+    def fail(options, interrupts, report):
+        raise Unavailable("no server program was found")
+
+    monkeypatch.setattr("worker_agent.demo.__main__.run", fail)
+    assert main([]) == Unavailable.exit_code
+    assert capsys.readouterr().err == "dtr demo: no server program was found\n"

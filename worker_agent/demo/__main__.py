@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -83,6 +84,7 @@ def run(options: Options, interrupts: Interrupts, report: Report) -> Outcome:
     """Do the demo in folders of its own, and clear them up however it ends."""
     memory_bytes, disk_bytes = needs(options)
     place = Workplace.create(memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+    logging.basicConfig(filename=place.own_log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     keep, begun = options.keep, False
     try:
         with interrupts.allowed():

@@ -14,19 +14,22 @@ import socket
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from dtr.config import Settings
 from dtr.errors import ConfigError, Unavailable
 from dtr.stack import processes
+from dtr.stack.home import Lock
 from dtr.stack.processes import ProcessId
 
 __all__ = ["Workplace", "clean_environment", "free_port", "memory_base"]
 
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - folders in it are made by mkdtemp, for this user alone
 _PREFIX: Final = "dtr-demo-"
+_LOCK: Final = "lock"
+_MEMORY: Final = "memory"
 _LAUNCHER_VARIABLES: Final = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
 _ONE_THREAD: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -65,10 +68,14 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workplace:
-    """The folders of one demo: ``folder`` for what may be kept, ``memory`` for what is only of use while it runs."""
+    """The folders of one demo: ``folder`` for what may be kept, ``memory`` for what is only of use while it runs.
+
+    ``lock`` is held while the demo lives, so that the next one can tell what a killed one has left behind.
+    """
 
     folder: Path
     memory: Path
+    lock: Lock | None = field(default=None, repr=False)
 
     @classmethod
     def create(cls, *, memory_bytes: int, disk_bytes: int) -> Workplace:
@@ -83,9 +90,11 @@ class Workplace:
             ConfigError: there is no folder for temporary files.
         """
         try:
+            sweep(Path(tempfile.gettempdir()))
             folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         except OSError as exc:
             raise ConfigError(f"no temporary folder can be made ({exc}): set TMPDIR to a folder of yours") from exc
+        lock = _lock(folder)
         try:
             free = shutil.disk_usage(folder).free
             if free < disk_bytes:
@@ -94,7 +103,8 @@ class Workplace:
                     "set TMPDIR to a folder with room"
                 )
             base = memory_base(memory_bytes, _free_bytes(SHARED_MEMORY), folder)
-            place = cls(folder=folder, memory=Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base)))
+            place = cls(folder=folder, memory=Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base)), lock=lock)
+            (folder / _MEMORY).symlink_to(place.memory)
             for made in (place.home, place.notes, place.store, place.gradients):
                 made.mkdir()
         except BaseException:
@@ -121,6 +131,10 @@ class Workplace:
     @property
     def launcher_log(self) -> Path:
         return self.folder / "trainers.log"
+
+    @property
+    def own_log(self) -> Path:
+        return self.folder / "demo.log"
 
     @property
     def staging(self) -> Path:
@@ -157,8 +171,34 @@ class Workplace:
         for process in self.running():
             processes.send(process, signal.SIGKILL)
         shutil.rmtree(self.memory, ignore_errors=True)
-        if not keep:
+        if keep:
+            for name in (_MEMORY, _LOCK):  # without a lock nobody takes it for a dead demo's
+                (self.folder / name).unlink(missing_ok=True)
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self.lock is not None:
+            self.lock.release()
+
+
+def sweep(base: Path) -> None:
+    """Remove what demos of this user left behind in ``base`` that were killed before they could."""
+    for folder in base.glob(f"{_PREFIX}*"):
+        lock = Lock(folder / _LOCK)
+        if folder.lstat().st_uid == os.getuid() and (folder / _LOCK).exists() and lock.take():
+            memory = (folder / _MEMORY).resolve()
+            if memory.name.startswith(_PREFIX):
+                shutil.rmtree(memory, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
+def _lock(folder: Path) -> Lock:
+    """The lock of a new demo, which nobody can find before it is held."""
+    lock = Lock(folder / f"{_LOCK}.new")
+    if not lock.take():
+        raise ConfigError(f"{folder} is somebody else's: set TMPDIR to a folder of yours")
+    (folder / f"{_LOCK}.new").rename(folder / _LOCK)
+    return lock
 
 
 def _free_bytes(folder: Path) -> int | None:
