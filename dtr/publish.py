@@ -41,10 +41,10 @@ def broker_settings(url: str) -> dict[str, Any]:
         "broker_url": url,
         "broker_transport_options": {
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
-            "socket_timeout": 10,
+            "socket_timeout": 4,
             "socket_connect_timeout": 3,
             "socket_keepalive": True,
-            "health_check_interval": 10,
+            "health_check_interval": 5,  # a worker whose connection is half open notices 15 s after the last message
             "retry_on_timeout": True,
             "priority_steps": [0],  # one list per queue: what `redis-cli LLEN` shows is the queue
         },

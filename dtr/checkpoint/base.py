@@ -11,7 +11,6 @@ the record, the store names a run that saved nothing, and its chain is right. In
 from __future__ import annotations
 
 import logging
-import random
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +19,12 @@ from dtr.checkpoint.candidates import name_of, newest_commit
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain
 from dtr.checkpoint.manifest import RunRecord
 from dtr.checkpoint.rebuild import rebuild_missing
-from dtr.checkpoint.survey import lineage_of, links_of, read_record, record_key, records, survey
+from dtr.checkpoint.survey import indexed, lineage_in_index, lineage_of, links_of, read_record, record_key, records, survey
 from dtr.errors import (
     AlreadyExists,
     CheckpointConflict,
     CheckpointError,
-    NotFound,
     StateCorrupt,
-    StoreRefused,
-    StoreUnavailable,
     UnsavedLineage,
 )
 from dtr.failpoints import failpoint
@@ -78,7 +74,7 @@ def is_known(session: Session, run: str, url: str) -> bool:
     return known is not None
 
 
-def fix(session: Session, store: Store, url: str, base: Checkpoint | None, *, patience_s: float) -> None:
+def fix(session: Session, store: Store, url: str, base: Checkpoint | None) -> None:
     """Make ``base`` (None: nothing) what the session's run continues; returns when it is SET. Any rank may call it; the first wins.
 
     Args:
@@ -86,11 +82,11 @@ def fix(session: Session, store: Store, url: str, base: Checkpoint | None, *, pa
         store: of the job.
         url: of the store as users name it, for the records.
         base: the checkpoint that was restored.
-        patience_s: how long a store that is away is tried.
 
     Raises:
         CheckpointConflict: the run continues something else.
         RosterChanged: the run ended.
+        StoreUnavailable, CoordinatorUnavailable: it is not known how far this came; call it again.
     """
     holdings = survey(store)
     found = records(store, holdings)
@@ -104,7 +100,7 @@ def fix(session: Session, store: Store, url: str, base: Checkpoint | None, *, pa
     newest_ms = max((link.created_at_ms for name, link in links.items() if name != run), default=0)
     base_at_ms = int(_step(session, "CUT", base, url, newest_ms, after)[3])
     failpoint("restore.before_record")
-    _put(session, store, _record(session, base, url, base_at_ms), patience_s)
+    _put(store, _record(session, base, url, base_at_ms))
     failpoint("restore.after_record")
     try:
         did = _step(session, "SET", base, url, newest_ms, after)[4]
@@ -140,27 +136,33 @@ def settle(session: Session, store: Store, url: str, *, restored: Checkpoint | N
         is_known(session, session.run.id, url)
         return
     if now.state == "CUT":  # another rank is about to set it: whoever comes may finish that
-        fix(session, store, url, now.base, patience_s=0)
+        fix(session, store, url, now.base)
         know(session, url)
         return
     store.probe()
     rebuild_missing(session.state, store, url)
     if restored is None and not fresh:
-        decided = survey(store).decided
-        newest = newest_commit(store, sorted(decided, reverse=True))
+        newest = newest_commit(store, sorted(survey(store).decided, reverse=True)) or _newest_indexed(session.state, url)
         if newest is not None:
             raise UnsavedLineage(
                 f"{url} holds checkpoints of job {session.settings.job}, such as {name_of(*newest)}, and run {session.run.id} restored "
                 "none: call restore() before the first save, or pass fresh=True to the manager to start anew on purpose",
                 run=session.run.id,
             )  # fmt: skip
-    fix(session, store, url, restored, patience_s=0)
+    fix(session, store, url, restored)
     know(session, url)
 
 
 def know(session: Session, url: str) -> None:
     """This process goes on from the base of its run, and saves into this store."""
     _known.setdefault(session, {})[session.run.id] = url
+
+
+def _newest_indexed(state: JobState, url: str) -> Checkpoint | None:
+    """The newest commit that Redis lists for this store: also one that the store has lost is no reason to start anew silently."""
+    lineage, where = lineage_in_index(state)
+    commits = [(c.run, c.step) for c in indexed(state, url) if c.state == "COMMITTED" and not c.retired]
+    return next(iter(lineage.newest_first(commits)), None) if where == url else None
 
 
 def _step(session: Session, phase: str, base: Checkpoint | None, url: str, newest_ms: int, after: Lineage) -> Any:
@@ -196,26 +198,12 @@ def _record(session: Session, base: Checkpoint | None, url: str, base_at_ms: int
     )
 
 
-def _put(session: Session, store: Store, record: RunRecord, patience_s: float) -> None:
-    """Put the run's record; a put whose outcome is unknown is read back and compared, never repeated blindly."""
-    clock = session.clock
-    deadline, pause_s = clock.monotonic() + patience_s, 0.1
-    while True:
-        try:
-            try:
-                store.put(record_key(record.run), record.encode(), if_absent=True)
-            except AlreadyExists:
-                _compare(read_record(store, record.run), record)
-            return
-        except StoreRefused:
-            raise
-        except (StoreUnavailable, NotFound) as exc:
-            if clock.monotonic() > deadline:
-                raise
-            log.warning("the record of run %s is not in the store yet: %s", record.run, exc)
-        session.check()
-        clock.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(2.0, pause_s * 2)
+def _put(store: Store, record: RunRecord) -> None:
+    """Put the run's record; one that is there already must say the same."""
+    try:
+        store.put(record_key(record.run), record.encode(), if_absent=True)
+    except AlreadyExists:
+        _compare(read_record(store, record.run), record)
 
 
 def _compare(there: RunRecord, ours: RunRecord) -> None:

@@ -6,7 +6,8 @@ size of a sharded checkpoint) ends the search, rather than silently going back t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,7 +68,7 @@ def part_of(manifest: Manifest, rank: int, world_size: int) -> PartFacts | str:
 
 def gather(
     store: Store, lineage: Lineage, holdings: Holdings, *, rank: int, world_size: int, step: int | None = None,
-    retired: Callable[[Checkpoint], bool] = lambda _: False, enough: int = ENOUGH,
+    retired: AbstractSet[Checkpoint] = frozenset(), indexed: AbstractSet[Checkpoint] = frozenset(), enough: int = ENOUGH,
 ) -> Offer:  # fmt: skip
     """The checkpoints on ``lineage`` that this rank could restore.
 
@@ -78,20 +79,24 @@ def gather(
         rank: of the reader.
         world_size: ranks of the reader's run.
         step: only checkpoints of this step.
-        retired: whether retention has chosen a checkpoint, though its manifest still stands.
+        retired: what retention has chosen, though its manifest may still stand.
+        indexed: commits that Redis lists: one without a record is a loss (a mount that is missing), and no reason to start anew.
         enough: how many to find.
     """
     found: list[Candidate] = []
     rejected: list[tuple[str, str]] = []
     misfit = ""
-    for run, at in lineage.newest_first(holdings.decided):
+    for run, at in lineage.newest_first((holdings.decided | indexed) - retired):
         if step is not None and at != step:
+            continue
+        if (run, at) not in holdings.decided:
+            rejected.append((name_of(run, at), "Redis lists it as committed, and the store holds no record of it"))
             continue
         if len(found) >= enough:
             break
         try:
             manifest = read_manifest(store, run, at)
-            if manifest.decision != "commit" or retired((run, at)):
+            if manifest.decision != "commit":
                 continue
             part = part_of(manifest, rank, world_size)
             if isinstance(part, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import logging
 import os
 import threading
@@ -28,8 +29,10 @@ from dtr.config import LauncherEnvironment, Settings
 from dtr.errors import (
     CheckpointAborted,
     CheckpointError,
+    ConfigError,
     DtrError,
     ForkedProcess,
+    InvalidInput,
     NotFound,
     RosterChanged,
 )
@@ -82,10 +85,13 @@ class CheckpointManager:
     ) -> None:
         chosen = settings or (session.settings if session is not None else None)
         self.settings = chosen or Settings.load(redis_url=coordinator_url, job=job)
+        for name, given, held in (("coordinator_url", coordinator_url, self.settings.redis_url), ("job", job, self.settings.job)):
+            if given is not None and given != held:
+                raise ConfigError(f"{name} is not that of the given settings or session: leave it out", setting=name)
         launcher = LauncherEnvironment.load()
-        self._world_size = names.positive(world_size or launcher.world_size or 1, "world_size", 100_000)
+        self._world_size = names.positive(world_size if world_size is not None else launcher.world_size or 1, "world_size", 100_000)
         asked = rank if rank is not None else (launcher.rank if world_size is None else None)
-        self._rank = names.rank(asked or 0, self._world_size)
+        self._rank = names.rank(0 if asked is None else asked, self._world_size)
         self._launcher = launcher
         base_store = open_store(store)
         self.url = base_store.url
@@ -121,6 +127,8 @@ class CheckpointManager:
             StagingFull, NoFreeSlot: there is no room for the copy (policy ``fail``, or ``wait`` for too long).
         """
         step = names.step(step)
+        if not isinstance(replicated, bool):
+            raise InvalidInput(f"replicated must be True or False, got {replicated!r}", field="replicated")
         self._check()
         session = self._joined()
         run, who = session.run, session.identity
@@ -283,9 +291,11 @@ class CheckpointManager:
         return self._state
 
     def _known_session(self) -> Session | None:
-        """The membership that this process has: the one given, or its agent's while that is in a run."""
-        if self._given or self._own:
+        """The membership that this process has: the one given, our own, or its agent's while that is in a run."""
+        if self._given:
             return self._session
+        if self._own:
+            return self._session if self._session is not None and self._session.formed else None
         current = Session.current(self.settings.redis_url, self.settings.job)
         if current is not None and current.formed:
             self._session = current
@@ -309,15 +319,20 @@ class CheckpointManager:
             return session
 
     def _join(self) -> Session:
-        world, launcher = World(low=self._world_size, high=self._world_size), self._launcher
-        session = Session(
-            self.settings, worker_id=launcher.worker_id, rank=self._rank, world=world, launcher=launcher.socket, recover=self._rebuild
-        )
-        session.start()
-        self._session, self._own = session, True
-        weakref.finalize(self, session.close)  # whoever forgets to close, or ends: the next process need not wait for our ttl
-        session.form()
-        return session
+        if self._session is None or not self._own:
+            world, launcher = World(low=self._world_size, high=self._world_size), self._launcher
+            session = Session(
+                self.settings, worker_id=launcher.worker_id, rank=self._rank, world=world, launcher=launcher.socket,
+                recover=partial(_rebuild, self.settings, self.url),
+            )  # fmt: skip
+            session.start()
+            self._session, self._own = session, True
+            # For whoever forgets to close: the next process need not wait until we are taken for dead.
+            weakref.finalize(self, session.close)
+        self._session.form()
+        return self._session
 
-    def _rebuild(self, state_id: str) -> int:
-        return rebuild(self._own_state(), self.url, state_id=state_id)
+
+def _rebuild(settings: Settings, url: str, state_id: str) -> int:
+    with contextlib.closing(JobState(settings.redis_url, settings.job, name="dtr-rebuild")) as state:
+        return rebuild(state, url, state_id=state_id)

@@ -6,8 +6,6 @@ checksum computed piece by piece behind the read, the arrays writable views of t
 
 from __future__ import annotations
 
-import logging
-import random
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -17,14 +15,13 @@ import numpy as np
 from dtr.checkpoint import checksum, tensors, tree
 from dtr.checkpoint.build import unflatten
 from dtr.checkpoint.manifest import PartFacts
+from dtr.checkpoint.patience import patiently
 from dtr.checkpoint.tensors import Layout, Tensor
 from dtr.clock import SYSTEM, Clock
-from dtr.errors import ChecksumMismatch, IntegrityError, NotFound, StoreRefused, StoreUnavailable
+from dtr.errors import ChecksumMismatch, IntegrityError, NotFound
 from dtr.store import Store
 
 __all__ = ["lay_out", "read_bytes", "read_state"]
-
-log = logging.getLogger(__name__)
 
 TREE: Final = "dtr_tree"
 _SLICE_BYTES: Final = 128 << 20
@@ -53,32 +50,16 @@ def read_state(store: Store, part: PartFacts, *, patience_s: float, clock: Clock
         IntegrityError: missing, of another size, another checksum, or no part.
         StoreUnavailable: it stayed away.
     """
-    found = tensors.read(_verified(store, part, patience_s, clock))
+    whole = patiently(lambda: read_bytes(store, part), patience_s=patience_s, what=f"object {part.object} can be read", clock=clock)
+    found = tensors.read(whole)
     if TREE not in found.metadata:
         raise IntegrityError(f"object {part.object} is a safetensors file, but no part of a checkpoint: it holds no {TREE}")
     return unflatten(tree.decode(found.metadata[TREE]), found.tensors)
 
 
-def _verified(store: Store, part: PartFacts, patience_s: float, clock: Clock) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    deadline, pause_s = clock.monotonic() + patience_s, 0.2
-    while True:
-        try:
-            return read_bytes(store, part)
-        except NotFound as exc:
-            raise IntegrityError(f"object {part.object} is missing") from exc
-        except StoreRefused:
-            raise
-        except StoreUnavailable as exc:
-            if clock.monotonic() > deadline:
-                raise
-            log.warning("object %s cannot be read now: %s", part.object, exc)
-        clock.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(5.0, pause_s * 2)
-
-
 def read_bytes(store: Store, part: PartFacts) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The object of ``part`` in new memory, its size and checksum verified."""
-    there = store.size(part.object)
+    there = _size(store, part)
     if there != part.size_bytes:  # asked first: a manifest that declares 10**15 bytes must not make us allocate them
         raise IntegrityError(f"object {part.object} has {there} bytes, its manifest says {part.size_bytes}")
     whole = np.empty(part.size_bytes, np.uint8)
@@ -97,3 +78,10 @@ def read_bytes(store: Store, part: PartFacts) -> np.ndarray[Any, np.dtype[np.uin
     if running.text != part.checksum:
         raise ChecksumMismatch(f"object {part.object} has checksum {running.text}, its manifest says {part.checksum}")
     return whole
+
+
+def _size(store: Store, part: PartFacts) -> int:
+    try:
+        return store.size(part.object)
+    except NotFound as exc:
+        raise IntegrityError(f"object {part.object} is missing") from exc

@@ -134,8 +134,12 @@ class Publisher:
         state = JobState(settings.redis_url, settings.job, name="dtr-save")
         try:
             while self._wait_for_work():
-                self._publish_due(state)
-                self._look_due(state)
+                try:
+                    self._publish_due(state)
+                    self._look_due(state)
+                except Exception:  # a mistake of ours must not leave every later handle undecided
+                    log.exception("publishing saves failed; it goes on")
+                    self._clock.sleep(1.0)
         finally:
             state.close()
 
@@ -213,11 +217,13 @@ class Publisher:
                 self._put_off(save, exc)
 
     def _judge(self, state: JobState, save: Save, sight: Sight, now_s: float) -> None:
+        if save.own_checksum and sight.state == "COMMITTED" and not sight.checksum:
+            sight = self._find_decision(state, save) or sight  # an index that was rebuilt has no part's checksum
         error = error_of(save, sight)
         if error is not None:
             self._end(save, error)
         elif sight.state == "COMMITTED":
-            self._drop(save, "COMMITTED", "")
+            self._drop(save, "committed", "")
             seconds = self._clock.monotonic() - save.started_s
             save.handle.commit(Commit(run=save.spec.run, step=save.spec.step, size_bytes=sight.size_bytes, seconds=seconds))
         elif sight.state:
@@ -253,10 +259,10 @@ class Publisher:
 
     def _end(self, save: Save, exc: Exception) -> None:
         log.warning("%s", exc)
-        self._drop(save, "ABORTED", str(exc))
+        state = next((word for kind, word in _STATES.items() if isinstance(exc, kind)), "FAILED")
+        self._drop(save, state.lower(), str(exc))
         if save.counter:
             self._count(save.counter)
-        state = next((word for kind, word in _STATES.items() if isinstance(exc, kind)), "FAILED")
         save.handle.fail(state, exc)
 
     def _drop(self, save: Save, outcome: str, reason: str) -> None:

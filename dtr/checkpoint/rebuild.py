@@ -12,8 +12,9 @@ from typing import Any
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, head_of
 from dtr.checkpoint.manifest import Manifest, RunRecord
-from dtr.checkpoint.survey import in_parallel, (
+from dtr.checkpoint.survey import (
     Holdings,
+    in_parallel,
     known_runs,
     lineage_in_index,
     lineage_in_store,
@@ -32,7 +33,6 @@ from dtr.store import Store, open_store
 __all__ = ["index_checkpoint", "index_run", "rebuild", "rebuild_missing"]
 
 log = logging.getLogger(__name__)
-
 
 
 def rebuild(state: JobState, store_url: str, *, state_id: str | None = None) -> int:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dtr.checkpoint import base
 from dtr.checkpoint.agreement import Agreement, BaseIsSet, restore_failed
 from dtr.checkpoint.candidates import Candidate, Offer, gather, name_of, newest_commit
 from dtr.checkpoint.lineage import Checkpoint
+from dtr.checkpoint.patience import patiently
 from dtr.checkpoint.payload import read_state
 from dtr.checkpoint.rebuild import rebuild_missing
 from dtr.checkpoint.settling import wait_until_settled
-from dtr.checkpoint.survey import lineage_of, survey
+from dtr.checkpoint.survey import Indexed, indexed, lineage_of, survey
 from dtr.errors import CoordinatorUnavailable, IntegrityError, NoCheckpoint, WorldSizeMismatch
 from dtr.session import Session
-from dtr.state.client import translate
 from dtr.state.exchange import Exchange
 from dtr.state.job import JobState
 from dtr.store import Store
@@ -31,6 +32,7 @@ __all__ = ["Restored", "newest_settled", "read_newest", "restore_run"]
 log = logging.getLogger(__name__)
 
 STORE_PATIENCE_S: Final = 60.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +46,7 @@ class Restored:
     seconds: float = 0.0
 
 
-def restore_run(
-    session: Session, store: Store, url: str, *, attempt: int, step: int | None, fresh: bool, settle_s: float | None = None
-) -> Restored | None:
+def restore_run(session: Session, store: Store, url: str, *, attempt: int, step: int | None, fresh: bool) -> Restored | None:
     """Restore the session's run; collective: returns on every rank, with the same checkpoint, when what the run continues is fixed.
 
     A rank that comes when that was fixed without it (its own call was cut short) gets the very same checkpoint.
@@ -58,45 +58,58 @@ def restore_run(
         attempt: how often this run tried before, the same on every rank.
         step: only a checkpoint of this step; None: the newest.
         fresh: None is an answer if there is no checkpoint at all.
-        settle_s: how long to wait for staged saves; None: the usual time.
 
     Raises:
         NoCheckpoint, RestoreFailed, WorldSizeMismatch, RosterChanged, CoordinatorUnavailable, StoreUnavailable.
     """
-    started = time.monotonic()
-    run, settings = session.run, session.settings
-    now = base.held(session.state, run.id)
+    started, patience_s = time.monotonic(), STORE_PATIENCE_S
+
+    def persist(call: Callable[[], T]) -> T:
+        return patiently(call, patience_s=patience_s, what=f"run {session.run.id} can restore", check=session.check, clock=session.clock)
+
+    now = persist(lambda: base.held(session.state, session.run.id))
     if now.state == "SET":
         base.know(session, now.store)
         return _late(session, store, url, now.base, step, fresh=fresh)
-    if run.rank == 0:
-        store.probe()
-        rebuild_missing(session.state, store, url)
-    exchange = Exchange(settings.redis_url, f"dtr-restore-{session.worker_id}")
+    if session.run.rank == 0:
+        persist(store.probe)
+        persist(lambda: rebuild_missing(session.state, store, url))
+    exchange = Exchange(session.settings.redis_url, f"dtr-restore-{session.worker_id}")
     try:
-        wait_until_settled(session, exchange, store, url, **({} if settle_s is None else {"patience_s": settle_s}))
-        holdings = survey(store)
-        offer = gather(
-            store, lineage_of(store, url, holdings, session.state), holdings, rank=run.rank, world_size=run.world_size, step=step,
-            retired=lambda name: _retired(session.state, name),
-        )  # fmt: skip
+        persist(lambda: wait_until_settled(session, exchange, store, url))
         reached = Agreement(
-            session, exchange, attempt=attempt, offer=offer, fresh=fresh and step is None,
-            read=lambda candidate: read_state(store, candidate.part, patience_s=STORE_PATIENCE_S, clock=session.clock),
-            fix_base=lambda chosen: base.fix(session, store, url, chosen, patience_s=STORE_PATIENCE_S),
-            patience_s=settings.form_timeout_s,
+            session, exchange, attempt=attempt, offer=persist(lambda: _offer(session, store, url, step)), fresh=fresh and step is None,
+            read=lambda candidate: read_state(store, candidate.part, patience_s=patience_s, clock=session.clock),
+            fix_base=lambda chosen: persist(lambda: base.fix(session, store, url, chosen)),
+            patience_s=session.settings.form_timeout_s,
         ).reach()  # fmt: skip
     except BaseIsSet:
         base.know(session, url)
-        return _late(session, store, url, base.held(session.state, run.id).base, step, fresh=fresh)
+        return _late(session, store, url, base.held(session.state, session.run.id).base, step, fresh=fresh)
     except NoCheckpoint as exc:
         if step is None:
             raise
-        raise NoCheckpoint(f"{url} holds no checkpoint of step {step} on the job's lineage", step=step, **exc.facts) from None
+        raise NoCheckpoint(f"{url} holds no checkpoint of step {step} on the job's lineage", **{**exc.facts, "step": step}) from None
     finally:
         exchange.close()
     base.know(session, url)
     return None if reached is None else _restored(*reached, started)
+
+
+def _offer(session: Session, store: Store, url: str, step: int | None) -> Offer:
+    run, holdings, listed = session.run, survey(store), indexed(session.state, url)
+    return gather(
+        store, lineage_of(store, url, holdings, session.state), holdings, rank=run.rank, world_size=run.world_size, step=step,
+        retired=_retired(listed), indexed=_committed(listed),
+    )  # fmt: skip
+
+
+def _retired(listed: Iterable[Indexed]) -> frozenset[Checkpoint]:
+    return frozenset((c.run, c.step) for c in listed if c.retired)
+
+
+def _committed(listed: Iterable[Indexed]) -> frozenset[Checkpoint]:
+    return frozenset((c.run, c.step) for c in listed if c.state == "COMMITTED" and not c.retired)
 
 
 def _late(session: Session, store: Store, url: str, continued: Checkpoint | None, step: int | None, *, fresh: bool) -> Restored | None:
@@ -125,11 +138,15 @@ def read_newest(
         NoCheckpoint, RestoreFailed, WorldSizeMismatch, StoreUnavailable.
     """
     started = time.monotonic()
-    holdings = survey(store)
-    lineage = lineage_of(store, url, holdings, state)
-    if only is not None:
-        holdings = replace(holdings, decided=holdings.decided & {only})
-    offer = gather(store, lineage, holdings, rank=rank, world_size=world_size, step=step)
+
+    def look() -> Offer:
+        holdings, listed = survey(store), _listed(state, url)
+        lineage = lineage_of(store, url, holdings, state)
+        if only is not None:
+            holdings, listed = replace(holdings, decided=holdings.decided & {only}), [c for c in listed if (c.run, c.step) == only]
+        return gather(store, lineage, holdings, rank=rank, world_size=world_size, step=step, indexed=_committed(listed))
+
+    offer = patiently(look, patience_s=STORE_PATIENCE_S, what=f"{url} can be read")
     reasons = dict(offer.rejected)
     for candidate in offer.candidates:
         try:
@@ -173,10 +190,9 @@ def _restored(candidate: Candidate, found: Any, started: float) -> Restored:
     return Restored(state=found, step=candidate.step, run=candidate.run, size_bytes=candidate.part.size_bytes, seconds=seconds)
 
 
-def _retired(state: JobState, name: Checkpoint) -> bool:
-    """Retention has chosen it, though its manifest still stands. What Redis cannot say is left to the record in the store."""
+def _listed(state: JobState | None, url: str) -> list[Indexed]:
+    """What Redis lists; nothing if it is away, since reading needs it for nothing else."""
     try:
-        with translate(state.url):
-            return bool(state.redis.hexists(state.keys.ckpt(*name), "retired_at"))
+        return indexed(state, url) if state is not None else []
     except CoordinatorUnavailable:
-        return False
+        return []

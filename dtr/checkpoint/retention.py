@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, split_name
 from dtr.checkpoint.manifest import Manifest
-from dtr.checkpoint.survey import lineage_in_index, manifest_key, read_manifest
+from dtr.checkpoint.survey import Indexed, indexed, lineage_in_index, manifest_key, read_manifest
 from dtr.config import Settings
 from dtr.errors import IntegrityError, NotFound
 from dtr.failpoints import failpoint
@@ -24,20 +24,9 @@ from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.store import Store, open_store
 
-__all__ = ["Indexed", "Plan", "apply", "collect", "plan"]
+__all__ = ["Plan", "apply", "collect", "plan"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Indexed:
-    """A checkpoint as the index lists it."""
-
-    run: str
-    step: int
-    state: str
-    retired: bool
-    decided_at_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,21 +91,6 @@ def collect(store: Store, state: JobState, *, keep_last: int | None = None, read
     todo = plan(indexed(state, run["store"]), lineage, keep_last=keep, protected=protected, old_ms=now_ms - max(grace_ms, 3_600_000))
     apply(store, state, todo, last_run=last_run, grace_ms=grace_ms)
     return todo
-
-
-def indexed(state: JobState, store_url: str) -> list[Indexed]:
-    """Every checkpoint in the index that lies in this store."""
-    with translate(state.url):
-        names = [found for name in state.redis.zrange(state.keys.ckpts, 0, -1) if (found := split_name(name)) is not None]
-        pipeline = state.redis.pipeline(transaction=False)
-        for run, step in names:
-            pipeline.hmget(state.keys.ckpt(run, step), ["state", "retired_at", "decided_at", "store"])
-        replies = pipeline.execute()
-    return [
-        Indexed(run=run, step=step, state=word, retired=bool(retired_at), decided_at_ms=int(decided_at or 0))
-        for (run, step), (word, retired_at, decided_at, where) in zip(names, replies, strict=True)
-        if word and where == store_url
-    ]
 
 
 def apply(store: Store, state: JobState, todo: Plan, *, last_run: str, grace_ms: int) -> None:

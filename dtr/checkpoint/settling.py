@@ -14,7 +14,7 @@ from typing import Final
 from dtr.checkpoint import parts
 from dtr.checkpoint.candidates import name_of, newest_commit
 from dtr.checkpoint.lineage import Checkpoint, Lineage
-from dtr.checkpoint.slots import scan
+from dtr.checkpoint.slots import scan_job
 from dtr.checkpoint.survey import Holdings, lineage_of, survey
 from dtr.errors import RosterChanged
 from dtr.session import Session
@@ -70,8 +70,8 @@ def _pending(session: Session, store: Store, url: str, holdings: Holdings, linea
     job = session.settings.job
     staged = {
         (found.record.run, found.record.step)
-        for found in scan(session.settings.staging)
-        if found.kind == "STAGED" and found.record is not None and (found.record.job, found.record.store) == (job, url)
+        for found in scan_job(session.settings.staging, job)
+        if found.kind == "STAGED" and found.record is not None and found.record.store == url
     }
     undecided = {name for name in {*parts.open_checkpoints(session.state), *staged} if name not in holdings.decided}
     newest = newest_commit(store, lineage.newest_first(holdings.decided)) if undecided else None

@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 _LONGEST_PAUSE_S: Final = 0.02
 _SAY_AFTER_S: Final = 5.0
 POLICIES: Final = ("wait", "skip", "fail")
+# Two saturate the memory of a small host, four that of a socket; the trainer waits meanwhile, so they are its own cores.
+COPY_THREADS: Final = max(1, min(4, len(os.sched_getaffinity(0))))
 
 
 class Layout(Protocol):
@@ -41,7 +43,7 @@ class Layout(Protocol):
     @property
     def size_bytes(self) -> int: ...
 
-    def copy_into(self, buffer: memoryview, leaves: Mapping[str, Any]) -> None: ...
+    def copy_into(self, buffer: memoryview, leaves: Mapping[str, Any], *, threads: int = 1) -> None: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +83,7 @@ class Slot:
             with self._arena.maps.buffer(self.files, self.size_bytes) as buffer:
                 buffer[:8] = bytes(8)[: self.size_bytes]  # from here on not even the old header makes a whole part of it
                 failpoint("stage.mid_copy")
-                layout.copy_into(buffer, leaves)
+                layout.copy_into(buffer, leaves, threads=COPY_THREADS)
             failpoint("stage.before_staged_record")
             staged = replace(copying, state="STAGED", staged_at=self._arena.clock.wall())
             self._put(staged)

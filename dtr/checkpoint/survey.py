@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of
+from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of, split_name
 from dtr.checkpoint.manifest import Manifest, RunRecord
 from dtr.errors import CoordinatorUnavailable, IntegrityError, ManifestInvalid, NotFound, StateCorrupt
 from dtr.state.client import translate
@@ -207,3 +207,29 @@ def lineage_of(store: Store, store_url: str, holdings: Holdings, state: JobState
         except (CoordinatorUnavailable, StateCorrupt) as exc:
             log.warning("going by the store's own records, because %s", exc)
     return lineage_in_store(links_of(records(store, holdings)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Indexed:
+    """A checkpoint as the index lists it."""
+
+    run: str
+    step: int
+    state: str
+    retired: bool
+    decided_at_ms: int
+
+
+def indexed(state: JobState, store_url: str) -> list[Indexed]:
+    """Every checkpoint in the index that lies in this store."""
+    with translate(state.url):
+        names = [found for name in state.redis.zrange(state.keys.ckpts, 0, -1) if (found := split_name(name)) is not None]
+        pipeline = state.redis.pipeline(transaction=False)
+        for run, step in names:
+            pipeline.hmget(state.keys.ckpt(run, step), ["state", "retired_at", "decided_at", "store"])
+        replies = pipeline.execute()
+    return [
+        Indexed(run=run, step=step, state=word, retired=bool(retired_at), decided_at_ms=int(decided_at or 0))
+        for (run, step), (word, retired_at, decided_at, where) in zip(names, replies, strict=True)
+        if word and where == store_url
+    ]

@@ -17,7 +17,7 @@ from dtr.checkpoint.manifest import Manifest
 from dtr.checkpoint.rebuild import rebuild
 from dtr.checkpoint.survey import survey
 from dtr.config import Settings
-from dtr.errors import IntegrityError, RestoreFailed, StoreUnavailable
+from dtr.errors import IntegrityError, RestoreFailed, StoreUnavailable, UnsavedLineage
 from dtr.state.job import JobState
 from dtr.store import open_store
 from dtr.store.local import LocalStore
@@ -225,3 +225,39 @@ def test_a_store_that_is_away_is_waited_for(settings: Settings, store: Path, mon
         failures[0] = 10**6
         with pytest.raises(StoreUnavailable):
             reader.restore()
+
+
+def test_a_store_that_lost_everything_is_no_fresh_start(settings: Settings, store: Path) -> None:
+    """A mount that is missing shows an empty folder: Redis knows better, so neither a restore nor a first save begins anew silently."""
+    store.rename(store.with_name("elsewhere"))
+    with running(settings, store, 2) as job:
+        errors = job.restore(fresh=True)
+        assert [type(e) for e in errors] == [RestoreFailed] * 2
+        assert "the store holds no record of it" in str(errors[0])
+        with pytest.raises(UnsavedLineage, match="/3"):
+            job.ranks[0].manager.save_async(b"x", 0)
+        store.parent.joinpath("elsewhere").rename(store)
+        assert [f.step for f in job.restore(fresh=True)] == [3, 3]
+
+
+def test_a_store_that_cannot_be_listed_for_a_while_is_waited_for(settings: Settings, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503s while the ranks look, agree and record: the restore takes longer, and nothing else."""
+    counts = {"list": 0, "put": 0}
+
+    def flaky(name: str) -> None:
+        real = getattr(LocalStore, name)
+
+        def method(self: LocalStore, *given: Any, **more: Any) -> Any:
+            counts[name] += 1
+            if counts[name] % 2:
+                raise StoreUnavailable("503", unknown=name == "put")
+            return real(self, *given, **more)
+
+        monkeypatch.setattr(LocalStore, name, method)
+
+    for name in ("list", "put"):
+        flaky(name)
+    with running(settings, store, 2) as job:
+        assert [f.step for f in job.restore()] == [3, 3]
+    assert counts["list"] > 1
+    assert counts["put"] > 1

@@ -23,15 +23,18 @@ from dtr.errors import (
     CheckpointAborted,
     CheckpointConflict,
     CheckpointError,
+    ConfigError,
     ForkedProcess,
     InvalidInput,
     NoFreeSlot,
     UnsupportedLeaf,
 )
+from dtr.host import host_id
 from dtr.session import Session
 from dtr.state.job import JobState
+from dtr.state.keys import uploader
 from tests.ranks import running
-from tests.servers import RedisServer
+from tests.servers import RedisServer, seaweed_server
 from tests.states import assert_is, state_of
 from tests.uploading import Uploads, uploading
 from tests.waiting import eventually
@@ -233,3 +236,70 @@ def test_importing_dtr_costs_nothing() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_through_celery(settings: Settings, store: Path, tmp_path: Path) -> None:
+    """The uploader as people run it, ``celery -A tasks worker``: a save is committed by its message, long before the next look."""
+    env = {**os.environ, "DTR_REDIS_URL": settings.redis_url, "DTR_STAGING": settings.staging, "DTR_SCAN_INTERVAL_S": "3600"}
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "worker"]
+    with (tmp_path / "worker.log").open("w") as log:
+        worker = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    try:
+        state = JobState(settings.redis_url, settings.job)
+        presence = uploader(host_id(settings.staging))
+        eventually(lambda: state.redis.exists(presence), timeout_s=60, what="an uploader")
+        state.close()
+        with running(settings, store, 2) as job:
+            for step in range(3):
+                job.commit(lambda r: {"rank": r.rank}, step)
+            assert [f.state["rank"] for f in job.restore()] == [0, 1]
+    finally:
+        worker.terminate()
+        worker.wait(60)
+    assert "Traceback" not in (tmp_path / "worker.log").read_text()
+
+
+def test_on_s3(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way on a real S3 server: first save, commit, collective restore, listing, verification, retention."""
+    here = replace(settings, keep_last=1, reader_grace_s=0.0)
+    with seaweed_server(tmp_path / "weed") as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        url = server.url("checkpoints")
+        with uploading(here):
+            with running(here, url, 2) as job:
+                job.restore(fresh=True)
+                for step in (1, 2):
+                    job.commit(lambda r: state_of(r.rank), step)
+            with running(here, url, 2) as job:
+                for rank, found in enumerate(job.restore()):
+                    assert found.step == 2
+                    assert_is(found.state, rank)
+                job.commit(lambda r: state_of(r.rank), 3)
+                manager = job.ranks[0].manager
+                assert manager.verify(job.ranks[0].session.run.id, 3).parts == 2
+                eventually(lambda: {x.step: x.state for x in manager.list()}[1] == "RETIRED", what="retention")
+                assert {x.step: x.state for x in manager.list()}[2] == "COMMITTED", "what the run continues stays"
+        with CheckpointManager(url, settings=replace(here, redis_url="redis://127.0.0.1:1/0"), world_size=2, rank=1) as reader:
+            found = reader.restore()
+            assert found is not None
+            assert found.step == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"world_size": 0}, "world_size"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"rank": -1, "world_size": 2}, "rank"),
+        ({"job": "../x"}, "job"),
+        ({"coordinator_url": "http://x"}, "redis_url|coordinator_url"),
+        ({"store": "ftp://x"}, "store"),
+        ({"store": "s3://"}, "bucket"),
+    ],
+)
+def test_a_wrong_argument_is_named(tmp_path: Path, given: dict[str, Any], named: str) -> None:
+    """Nothing is connected or made for a manager that cannot work."""
+    with pytest.raises((InvalidInput, ConfigError), match=named):
+        CheckpointManager(**{"store": tmp_path / "store", **given}).restore(fresh=True)
+    assert list(tmp_path.iterdir()) == []

@@ -115,18 +115,40 @@ def test_two_trainers_nobody_killed_and_a_store_that_stays(tmp_path, environment
     assert ours(tmp_path) == {str(kept)}
 
 
+def said_until(child: subprocess.Popen[str], awaited: str) -> str:
+    """What it printed up to the line that has ``awaited`` in it."""
+    said = ""
+    assert child.stdout is not None
+    for line in child.stdout:
+        said += line
+        if awaited in line:
+            break
+    return said
+
+
+def test_redis_may_be_killed_as_well(tmp_path, environment):
+    """Whoever kills the server of the demo sees training wait for it and go on, and every check hold."""
+    with started(small("--workers=2", "--steps=600", "--no-kill"), environment, tmp_path) as child:
+        said = said_until(child, "is saved")
+        (record,) = (tmp_path / "tmp").glob("dtr-demo-*/home/stack.json")
+        services = json.loads(record.read_text())["services"]
+        os.kill(next(service["pid"] for service in services if service["name"] == "redis"), signal.SIGKILL)
+        assert child.stdout is not None
+        said += child.stdout.read()
+        assert child.wait(60) == 0, said
+    assert "Redis is away" in said
+    assert "Redis answers again" in said
+    assert ours(tmp_path) == set()
+
+
 @pytest.mark.parametrize(("after", "number", "status"), [("starting Redis", signal.SIGINT, 130), ("run 0001", signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_nothing_behind(tmp_path, environment, after, number, status):
     """Ctrl-C while the stack starts, and a SIGTERM in mid-training."""
     before = shared_memory()
     with started(demo("--steps=100000", "--workers=2"), environment, tmp_path) as child:
-        said = ""
-        assert child.stdout is not None
-        for line in child.stdout:
-            said += line
-            if after in line:
-                break
+        said = said_until(child, after)
         child.send_signal(number)
+        assert child.stdout is not None
         said += child.stdout.read()
         assert child.wait(60) == status, said
         assert "Traceback" not in said

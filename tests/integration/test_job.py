@@ -25,7 +25,8 @@ work, steps, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 def train(agent, log):
     found = agent.restore(fresh=True)
     state = {"w": np.zeros(1000)} if found is None else found.state
-    log.write(json.dumps({"run": agent.run, "restored": found and found.step, "world": agent.world_size, "w": float(state["w"][0])}) + "\\n")
+    restored = found and found.step
+    log.write(json.dumps({"run": agent.run, "restored": restored, "w": float(state["w"][0])}) + "\\n")
     while agent.current_step < steps - 1:
         agent.barrier("gradients")
         state["w"] += 1.0

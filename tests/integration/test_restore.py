@@ -334,7 +334,7 @@ def test_a_rank_that_comes_late_gets_what_its_run_continues(settings: Settings, 
         job.commit(lambda _: b"old", 1, replicated=True)
     with running(settings, store, 2) as job:
         writer, late = job.ranks
-        base.fix(late.session, writer.manager._store, writer.manager.url, (_run_of(store), 1), patience_s=5)
+        base.fix(late.session, writer.manager._store, writer.manager.url, (_run_of(store), 1))
         assert _state(writer) == b"old"
         writer.manager.save_async(b"new", 2, replicated=True).durable.result(WITHIN_S)
         assert _state(late) == b"old"

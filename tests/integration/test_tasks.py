@@ -20,6 +20,7 @@ from dtr import publish
 from dtr.checkpoint.slots import scan
 from dtr.host import host_id
 from dtr.state.keys import upload_queue, uploader
+from tests.proxy import Proxy
 from tests.servers import RedisServer, free_port
 from tests.uploads import Training, is_stopped, payload, verified
 from tests.waiting import eventually
@@ -225,6 +226,23 @@ class TestKills:
             again.stage()
             eventually(lambda: again.state_of() == "COMMITTED", timeout_s=60, what="a commit after the outage")
             again.close()
+
+    @pytest.mark.soak
+    @pytest.mark.parametrize("fault", ["half_open", "blackhole", "drop_replies", "flapping"])
+    def test_a_broken_path_to_the_broker(self, training: Training, own_valkey: RedisServer, fault: str) -> None:
+        """Whatever the path does, and whatever messages it swallows, the worker comes back by itself and everything commits."""
+        with Proxy(own_valkey.port) as proxy:
+            broker = f"redis://127.0.0.1:{proxy.port}/0"
+            with worker(url=training.url, staging=training.staging, DTR_BROKER_URL=broker):
+                training.stage(1)
+                committed(training, 1)
+                if fault == "half_open":
+                    proxy.half_open()
+                for mode in ("reset", "pass") * 5 if fault == "flapping" else (fault, "pass") if fault != "half_open" else ():
+                    proxy.set_mode(mode)
+                    time.sleep(0.3)
+                training.stage(2)
+                committed(training, 2)
 
     @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGQUIT])
     @pytest.mark.parametrize("hangs", [False, True])

@@ -141,8 +141,7 @@ def test_workplace_knows_its_processes_and_leaves_nothing(tmp_path, monkeypatch)
 def test_what_a_killed_demo_left_is_removed_by_the_next_one(tmp_path, monkeypatch):
     """Both its folders go; a living demo's stay, and so do kept ones and what only looks like a demo's."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    make = "from worker_agent.demo.story import Story
-from worker_agent.demo.workplace import Workplace; p = Workplace.create(memory_bytes=1, disk_bytes=1); print(p.memory)"
+    make = "from worker_agent.demo.workplace import Workplace; p = Workplace.create(memory_bytes=1, disk_bytes=1); print(p.memory)"
     killed = subprocess.run(
         [sys.executable, "-c", make], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True
     )
@@ -284,28 +283,39 @@ def test_a_failed_check_stands_out_and_is_counted():
     assert lines == ["loss            5 to 2", "ok      a: b", "FAILED  c: d", "1 of 2 checks failed"]
 
 
+@pytest.fixture
+def without_a_process(monkeypatch, tmp_path):
+    """The demo's main in this process: no signal is taken over, and the environment is a copy."""
+    monkeypatch.setattr(Interrupts, "install", lambda self: None)
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 def outcome(*, ok: bool) -> Outcome:
     return Outcome(figures=measure(Story(), [], workers=4, seconds=1.0), checks=[Check(ok=ok, what="a", detail="b")], store="file:///s")
 
 
+@pytest.mark.usefixtures("without_a_process")
 @pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, 1)])
-def test_the_exit_status_is_the_verdict(monkeypatch, capsys, ok, status):
-    """A check that fails is exit status 1, and in the JSON too; nothing but JSON is on stdout."""
-    monkeypatch.setattr(Interrupts, "install", lambda self: None)
-    monkeypatch.setattr("worker_agent.demo.__main__.run", lambda options, interrupts, report: outcome(ok=ok))
+def test_the_exit_status_is_the_verdict(monkeypatch, capsys, tmp_path, ok, status):
+    """A check that fails is exit status 1, and in the JSON too; nothing but JSON is on stdout; the folder stays to be looked at."""
+    monkeypatch.setattr("worker_agent.demo.__main__.direct", lambda options, place, settings, report: outcome(ok=ok))
     assert main(["--json"]) == status
     said = json.loads(capsys.readouterr().out)
     assert (said["name"], said["ok"], said["checks"]) == ("demo", ok, [{"what": "a", "ok": ok, "detail": "b"}])
     assert said["figures"]["recovery_s"] is None
+    assert [path.name.startswith("dtr-demo-") for path in tmp_path.iterdir()] == ([] if ok else [True])
 
 
+@pytest.mark.usefixtures("without_a_process")
 def test_an_error_of_dtr_is_one_line_and_its_exit_status(monkeypatch, capsys):
-    """The way of every command of dtr."""
-    monkeypatch.setattr(Interrupts, "install", lambda self: None)
+    """The way of every command of dtr; where to look comes after it."""
 
-    def fail(options, interrupts, report):
+    def fail(options, place, settings, report):
         raise Unavailable("no server program was found")
 
-    monkeypatch.setattr("worker_agent.demo.__main__.run", fail)
+    monkeypatch.setattr("worker_agent.demo.__main__.direct", fail)
     assert main([]) == Unavailable.exit_code
-    assert capsys.readouterr().err == "dtr demo: no server program was found\n"
+    said = capsys.readouterr()
+    assert said.err == "dtr demo: no server program was found\n"
+    assert "kept: " in said.out

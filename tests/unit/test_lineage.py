@@ -15,7 +15,8 @@ from dtr.checkpoint.lineage import Lineage, Link, Segment, chain, from_index, he
 from dtr.checkpoint.manifest import Manifest, PartFacts
 from dtr.checkpoint.parts import Fence, Spec
 from dtr.checkpoint.publisher import error_of
-from dtr.checkpoint.retention import Indexed, plan
+from dtr.checkpoint.retention import plan
+from dtr.checkpoint.survey import Indexed
 from dtr.errors import CheckpointAbandoned, CheckpointAborted, CheckpointConflict
 
 

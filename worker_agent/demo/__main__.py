@@ -7,7 +7,6 @@ everything that was started has ended and every folder is gone.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -80,12 +79,12 @@ def needs(options: Options) -> tuple[int, int]:
     return file_bytes(options.workers, width) + 2 * 2 * state_bytes, 2 * options.corpus_bytes + saves * state_bytes + (64 << 20)
 
 
-def run(options: Options, interrupts: Interrupts, report: Report) -> Outcome:
-    """Do the demo in folders of its own, and clear them up however it ends."""
+def run(options: Options, interrupts: Interrupts, report: Report) -> int:
+    """Do the demo in folders of its own, say how it ended, and clear up; returns the exit status."""
     memory_bytes, disk_bytes = needs(options)
     place = Workplace.create(memory_bytes=memory_bytes, disk_bytes=disk_bytes)
     logging.basicConfig(filename=place.own_log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    keep, begun = options.keep, False
+    keep, begun, interrupted = options.keep, False, False
     try:
         with interrupts.allowed():
             settings = settings_of(place, options, port=free_port(), stamp=time.strftime(f"{JOB}-%Y%m%d-%H%M%S-{os.getpid()}"))
@@ -95,19 +94,35 @@ def run(options: Options, interrupts: Interrupts, report: Report) -> Outcome:
             open_store(str(settings.store)).probe()  # what is wrong with it is best said before anything runs
             begun = True
             outcome = direct(options, place, settings, report)
+        tell(outcome, options, report)
         keep = keep or not outcome.ok
-        return outcome
-    except Exception:
+        return 0 if outcome.ok else 1
+    except KeyboardInterrupt:
+        interrupted = True
+        return interrupts.status
+    except DtrError as exc:
         keep = keep or begun  # for whoever wants to know why
-        raise
+        report.close()
+        print(f"dtr demo: {exc.message}", file=sys.stderr)
+        return exc.exit_code
     finally:
         report.close()
         place.clear(keep=keep)
+        if interrupted:
+            report.say("interrupted: all that the demo started has ended" + ("" if keep else ", its folders are gone"))
         if keep:
-            report.hint("")
             report.hint(
                 f"kept: {place.folder} (logs, notes of the trainers, the server's data" + (")" if options.store else ", checkpoints)")
             )
+
+
+def tell(outcome: Outcome, options: Options, report: Report) -> None:
+    """Say how it went."""
+    conclude(report, outcome.figures.rows(), outcome.checks)
+    if options.store is not None:
+        report.hint(f"the checkpoints stay in {outcome.store}")
+    if options.json:
+        print(to_json(outcome.figures, outcome.checks))
 
 
 def to_json(figures: Figures, checks: Sequence[Check]) -> str:
@@ -121,22 +136,13 @@ def main(argv: Sequence[str]) -> int:
     interrupts = Interrupts()
     interrupts.install()
     args = parser().parse_args(argv)
-    report = open_report(to_stderr=args.json)
     try:
         options = Options(**vars(args))
+        report = open_report(to_stderr=options.json)
         killed = "one will be killed" if options.kill else "nobody will be killed"
-        report.hint(f"dtr demo: {options.workers} trainers learn to write Python, {killed}", "bold")
-        outcome = run(options, interrupts, report)
-        conclude(report, outcome.figures.rows(), outcome.checks)
-        if options.store is not None:
-            report.hint(f"the checkpoints stay in {outcome.store}")
-        if options.json:
-            print(to_json(outcome.figures, outcome.checks))
-        return 0 if outcome.ok else 1
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            report.say("interrupted: all that the demo started has ended" + ("" if args.keep else ", its folders are gone"))
-        return interrupts.status
+        learners = f"{options.workers} trainers learn" if options.workers > 1 else "one trainer learns"
+        report.hint(f"dtr demo: {learners} to write Python, {killed}", "bold")
+        return run(options, interrupts, report)
     except DtrError as exc:
         print(f"dtr demo: {exc.message}", file=sys.stderr)
         return exc.exit_code

@@ -90,9 +90,12 @@ def _named(story: Story, ending: Ending) -> Check:
     run, kill = story.killed_run, story.kill
     if run is None or kill is None:
         return Check(ok=False, what="survivors learned who died", detail="nobody was killed")
-    culprits = {worker: halted.culprit for worker, halted in run.halted.items()}
-    right = [worker for worker, culprit in culprits.items() if culprit == kill.worker]
-    ok = sorted(right) == story.survivors == sorted(culprits)
+    right = [
+        worker
+        for worker, halted in run.halted.items()
+        if halted.culprit == kill.worker and (kill.worker in halted.missing or halted.error != "BarrierBroken")
+    ]
+    ok = sorted(right) == story.survivors == sorted(run.halted)
     return Check(
         ok=ok, what="survivors learned who died", detail=f"{len(right)} of {len(story.survivors)} named rank {kill.rank}, {kill.worker}"
     )

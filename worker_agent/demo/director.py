@@ -6,6 +6,7 @@ Everything is decided elsewhere (`story`, `narrator`, `checks`, `figures`); this
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dtr.config import Settings
-from dtr.errors import DtrError
+from dtr.errors import CoordinatorUnavailable, DtrError
 from dtr.stack import Stack, Up, processes
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -35,6 +36,8 @@ from worker_agent.demo.trainer import Plan
 from worker_agent.demo.workplace import Workplace
 
 __all__ = ["Outcome", "TrainersFailed", "direct"]
+
+log = logging.getLogger(__name__)
 
 _LOOK_EVERY_MS: Final = 100
 _STUCK_S: Final = 150.0  # longer than any wait of a trainer's own
@@ -94,11 +97,11 @@ def direct(options: Options, place: Workplace, settings: Settings, report: Repor
         status = watch.until_end(_launcher_command(options, plan))
         report.say("training is over; looking at every checkpoint from outside the job")
         found = inspect(settings, state, shape)
+        if found.sample:
+            report.say(f"the restored model writes: {found.sample}")
         report.say("ending everything")
     checks = check_all(watch.story, _ending(options, place, status, found))
     seconds = time.monotonic() - began
-    if found.sample:
-        report.say(f"the restored model writes: {found.sample}")
     figures = measure(watch.story, found.uploads, workers=options.workers, seconds=seconds)
     return Outcome(figures=figures, checks=checks, store=str(settings.store))
 
@@ -173,6 +176,7 @@ class Watch:
         self._event_id = "0-0"
         self._heard_at = time.monotonic()
         self._due_at: float | None = None
+        self._redis_is_away = False
 
     def until_end(self, command: Sequence[str]) -> int:
         """Start the launcher and watch until it has ended; returns its exit status.
@@ -193,6 +197,26 @@ class Watch:
         return child.returncode
 
     def _look(self) -> None:
+        try:
+            self._hear_events()
+            if self._options.victim is not None and self.story.kill is None:
+                self._kill_if_due(self._options.victim)
+        except CoordinatorUnavailable as exc:
+            self._without_redis(exc)
+        else:
+            if self._redis_is_away:
+                self._redis_is_away = False
+                self._report.say("Redis answers again")
+        for note in self._notes.fresh():
+            self._heard_at = time.monotonic()
+            self.story.add(note)
+        for line in self._narrator.fresh(self.story):
+            self._report.say(line.text, line.style)
+        if self.story.run is not None:
+            self._report.show(now_of(self.story, self._options.steps))
+
+    def _hear_events(self) -> None:
+        """Wait for a moment, or until Redis has news."""
         with translate(self._state.url):
             answer: Any = self._state.redis.xread({self._state.keys.events: self._event_id}, block=_LOOK_EVERY_MS)
         for _, entries in answer or ():
@@ -200,15 +224,14 @@ class Watch:
                 self._event_id = entry_id
                 if fields.get("event") == "departed":
                     self.story.add_departure(fields["worker"], float(entry_id.partition("-")[0]))
-        for note in self._notes.fresh():
-            self._heard_at = time.monotonic()
-            self.story.add(note)
-        if self._options.victim is not None and self.story.kill is None:
-            self._kill_if_due(self._options.victim)
-        for line in self._narrator.fresh(self.story):
-            self._report.say(line.text, line.style)
-        if self.story.run is not None:
-            self._report.show(now_of(self.story, self._options.steps))
+
+    def _without_redis(self, exc: CoordinatorUnavailable) -> None:
+        """Trainers wait for it, so the director does: whoever ended it in mid-demo may want to see that."""
+        if not self._redis_is_away:
+            self._redis_is_away = True
+            self._report.say("Redis is away: trainers wait for it at their next barrier", "yellow")
+            log.warning("%s", exc.message)
+        time.sleep(_LOOK_EVERY_MS / 1000)
 
     def _kill_if_due(self, victim: int) -> None:
         """Once there is a commit to restore and all the others wait for the victim, which stands still for this."""

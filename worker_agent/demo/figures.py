@@ -51,7 +51,10 @@ class Figures:
         """Label and text of each line of the table."""
         again = f"; {self.steps_redone} done again" if self.steps_redone else ""
         rows = [
-            ("steps", f"{self.steps} by {self.workers} trainers{_with(', {:.0f} ms each', self.step_ms)}{again}"),
+            (
+                "steps",
+                f"{self.steps} by {self.workers} trainer{'s' if self.workers > 1 else ''}{_with(', {:.0f} ms each', self.step_ms)}{again}",
+            ),
             ("loss", f"{_with('{:.2f}', self.loss_first)} to {_with('{:.2f}', self.loss_last)} nats a byte"),
             ("stall per save", _stall(self)),
             ("durable after", _with("{:.2f} s", self.durable_s) or "-"),

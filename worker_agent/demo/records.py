@@ -62,7 +62,6 @@ class Committed:
 
     run: str
     step: int
-    size_bytes: int
     seconds: float
 
 

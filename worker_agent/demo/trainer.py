@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from dtr.checkpoint.handle import Commit, SaveHandle
 from dtr.config import LauncherEnvironment
@@ -169,8 +169,7 @@ class Trainer:
     def _note_commit(self, handle: SaveHandle, durable: Future[Commit]) -> None:
         if durable.exception() is not None:
             return  # abandoned with its run, or the manager was closed
-        found = durable.result()
-        self._notebook.write(Committed(run=handle.run, step=handle.step, size_bytes=found.size_bytes, seconds=found.seconds))
+        self._notebook.write(Committed(run=handle.run, step=handle.step, seconds=durable.result().seconds))
 
     def _note_halt(self, change: BarrierBroken | RosterChanged) -> None:
         agent = self._agent
@@ -220,7 +219,7 @@ def main(argv: list[str]) -> int:
     """Train; returns 0 when every step is done."""
     plan = Plan.parse(argv[0])
     launcher = LauncherEnvironment.load()
-    agent: Any = Agent.from_env()
+    agent = Agent.from_env()
     notebook = Notebook(Path(plan.notes), agent.worker_id)
     notebook.write(Started(local_rank=launcher.local_rank, restarts=launcher.restarts))
     if launcher.restarts:
