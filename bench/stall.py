@@ -72,11 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def uploader(url: str, folder: Path) -> Iterator[None]:
     """A real uploader of the staging folder ``folder/staging``, as `dtr up` starts it."""
     staging = folder / "staging" if not os.path.isdir("/dev/shm") else Path(tempfile.mkdtemp(prefix="dtr-bench-", dir="/dev/shm"))
-    (folder / "staging-path").write_text(str(staging))
-    environ = {**os.environ, "DTR_REDIS_URL": url, "DTR_STAGING": str(staging)}
+    os.environ.update({"DTR_REDIS_URL": url, "DTR_STAGING": str(staging), "DTR_KEEP_LAST": "1", "DTR_READER_GRACE_S": "0"})
     log = folder / "uploader.log"
     with log.open("wb") as out:
-        child = subprocess.Popen([sys.executable, "-m", "celery", "-A", "tasks", "worker"], env=environ, stdout=out, stderr=out)
+        child = subprocess.Popen([sys.executable, "-m", "celery", "-A", "tasks", "worker"], stdout=out, stderr=out)
     try:
         yield
     finally:
@@ -104,11 +103,10 @@ def _bfloat16(count: int, size_bytes: int, seed: int) -> State:
 
 def _pairs(url: str, folder: Path, state: State, pairs: int) -> tuple[list[float], list[float]]:
     """Seconds of each save and of each copy, alternating."""
-    staging = (folder.parent / "staging-path").read_text()
     sources = [_bytes(array) for array in state.values()]
     targets = [np.ones(len(array), np.uint8) for array in sources]
     stalls, copies = [], []
-    with CheckpointManager(str(folder), coordinator_url=url, job=f"stall-{folder.name}", staging=staging, keep_last=1) as manager:
+    with CheckpointManager(str(folder), coordinator_url=url, job=f"stall-{folder.name}") as manager:
         for step in range(pairs + 2):  # the first two make and warm the slots
             begin = time.perf_counter()
             handle = manager.save_async(state, step=step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,8 @@ class Barriers:
                     answer, entries = self._exchange.run_and_wait(
                         "barrier_arrive", script_keys, args, streams, int(left_ms), quiet_bytes=OPEN_BYTES
                     )
+                except BarrierBroken:
+                    raise
                 except RosterChanged:
                     answer, entries = self._break(keys, subset), []
                 if answer[0] == "RELEASED":
@@ -116,7 +118,7 @@ class Barriers:
                         self._wake_id = entry_id
                 left_ms = (deadline - self._clock.monotonic()) * 1000
                 if left_ms <= 0:
-                    return self._time_out(keys, subset, timeout_s)
+                    return self._time_out(script_keys, args, keys, subset, timeout_s)
             except CoordinatorRefused:
                 raise
             except CoordinatorUnavailable as exc:
@@ -137,8 +139,17 @@ class Barriers:
             [who.state_id, run.id, who.worker_id, run.rank, who.incarnation, subset],
         )
 
-    def _time_out(self, keys: RoundKeys, subset: str, timeout_s: float) -> str:
+    def _time_out(self, script_keys: Sequence[str], args: Sequence[Any], keys: RoundKeys, subset: str, timeout_s: float) -> str:
+        """The time is up: end the round for all, unless it was released meanwhile, however long ago."""
         job = self._state.keys
+        try:
+            look = self._state.call("barrier_arrive", script_keys, args)
+        except BarrierBroken:
+            raise
+        except RosterChanged:
+            look = self._break(keys, subset)
+        if look[0] == "RELEASED":
+            return str(look[1])
         answer = self._state.call(
             "barrier_timeout",
             [job.run(self._run.id), keys.round, keys.arrived, keys.wake, job.events],
@@ -160,8 +171,8 @@ class Barriers:
         return orjson.dumps(chosen).decode()
 
     def _described(self, exc: BarrierError, name: str, seq: int) -> BarrierError:
-        reason, _, words = exc.message.partition(" | ")
-        words = words.split(" script: ")[0]  # an engine may add where the script failed
+        text = exc.message.rpartition(" script: ")[0] or exc.message  # an engine may add where the script failed
+        reason, _, words = text.rpartition(" | ")
         missing = self._look_up([word.partition(":")[::2] for word in words.split()])
         verdict = "is broken" if isinstance(exc, BarrierBroken) else "timed out"
         who = "; ".join(map(str, missing)) or "nobody: all had arrived"

@@ -41,9 +41,10 @@ class Beater:
         self._number = number
         self._failures = 0
         self._shown: dict[str, str | int] = {}
+        self._run = ""
 
     def beat(self, progress: Progress | None, *, late_ms: int, phase: str | None = None) -> tuple[str, str] | None:
-        """Beat once. Returns news, ("stale" | "state_lost", detail), or None; an outage is logged at its beginning and its end."""
+        """Beat once. Returns news, ("stale" | "state_lost" | "run", detail), or None; an outage is logged at its beginning and its end."""
         fields = self._fields(progress, late_ms, phase)
         changed = {name: value for name, value in fields.items() if self._shown.get(name) != value}
         try:
@@ -67,6 +68,9 @@ class Beater:
         if self._failures:
             log.warning("beats of %s get through again after %d failures", self.who.worker_id, self._failures)
             self._failures = 0
+        if answer.run != self._run:
+            self._run = answer.run
+            return "run", answer.run
         return None
 
     def _fields(self, progress: Progress | None, late_ms: int, phase: str | None) -> dict[str, str | int]:
@@ -90,7 +94,7 @@ class Beater:
         """Seconds until the next beat: the interval less up to a tenth, or a growing random wait while nothing gets through."""
         interval = self._interval_ms / 1000
         if self._failures:
-            return random.uniform(0.2, 1.0) * min(BACKOFF_CAP_S, interval * 2.0 ** min(self._failures - 1, 6))
+            return random.uniform(0.2, 1.0) * min(BACKOFF_CAP_S, self._ttl_ms / 3000, interval * 2.0 ** min(self._failures - 1, 6))
         return interval * random.uniform(0.9, 1.0)
 
 
@@ -101,7 +105,7 @@ class BeatThread:
         url, job: where.
         who, ttl_ms, interval_ms, number: see :class:`Beater`.
         read_progress: the newest report of the trainer.
-        on_news: called from the thread with the news that ends it.
+        on_news: called from the thread: ``stale`` and ``state_lost`` end it, ``run`` tells which run is open by now.
     """
 
     def __init__(
@@ -125,10 +129,10 @@ class BeatThread:
         """Begin."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End, and wait for the end unless called from the thread itself."""
+    def stop(self, *, wait: bool = True) -> None:
+        """End, and wait for the end unless told otherwise or called from the thread itself."""
         self._stop.set()
-        if threading.current_thread() is not self._thread:
+        if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=10)
 
     def _loop(self) -> None:
@@ -137,10 +141,10 @@ class BeatThread:
             while not self._stop.is_set():
                 late_ms = max(0, int((time.monotonic() - due) * 1000))
                 news = self._beater.beat(self._read_progress(), late_ms=late_ms)
-                if news is not None:
-                    if not self._stop.is_set():
-                        self._on_news(*news)
-                    return
+                if news is not None and not self._stop.is_set():
+                    self._on_news(*news)
+                    if news[0] != "run":
+                        return
                 pause = self._beater.pause_s()
                 due = time.monotonic() + pause
                 self._stop.wait(pause)

@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -109,7 +109,7 @@ class Settings:
                 continue
             name = variable[4:].lower()
             if name not in known:
-                raise ConfigError(f"{variable} is not a setting of dtr{_nearest(variable, {'DTR_' + k.upper() for k in known})}")
+                raise ConfigError(f"{variable} is not a setting of dtr{_nearest(name, known, shown=lambda k: 'DTR_' + k.upper())}")
             if text == "":
                 raise ConfigError(f"{variable} is empty: unset it, or give {_what(cls, name)}", setting=name)
             found[name] = cls._checked(name, text, variable)
@@ -185,9 +185,9 @@ def _what(cls: type[Settings], name: str) -> str:
     return str({f.name: f for f in fields(cls)}[name].metadata["what"])
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "; `dtr config show` lists them all"
+def _nearest(name: str, known: set[str], shown: Callable[[str], str] = str) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {shown(close[0])}?" if close else "; `dtr config show` lists them all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,7 +163,7 @@ class BarrierError(DtrError):
     """A barrier round ended without a release."""
 
 
-class BarrierBroken(BarrierError):
+class BarrierBroken(BarrierError, RosterChanged):
     """A barrier round was broken because an expected member departed; the message names who is missing."""
 
 

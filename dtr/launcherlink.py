@@ -1,7 +1,8 @@
 """The trainer's end of the Unix socket to its launcher: hands over the registration, hears news.
 
 One JSON object a line. To the launcher: a registration (see :func:`registration`), or ``{"leave": true}``. From it: ``{"ok": true}``,
-then ``{"news": "stale" | "state_lost", "detail": TEXT}``. When the launcher goes away the trainer beats for itself.
+then
+``{"news": "stale" | "state_lost" | "run", "incarnation": ..., "detail": TEXT}``. When the launcher goes away the trainer beats for itself.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class LauncherLink:
 
     Args:
         path: of its Unix socket; None starts a small child, ``python -m worker_agent beat``, that takes the launcher's part.
-        on_news: called from a thread with (news, detail).
+        on_news: called from a thread with (incarnation, news, detail).
         on_lost: called from that thread when the launcher has gone.
     """
 
-    def __init__(self, path: str | None, *, on_news: Callable[[str, str], None], on_lost: Callable[[], None]) -> None:
+    def __init__(self, path: str | None, *, on_news: Callable[[str, str, str], None], on_lost: Callable[[], None]) -> None:
         self._on_news, self._on_lost = on_news, on_lost
         self._closing = False
         self._child: subprocess.Popen[bytes] | None = None
@@ -74,7 +75,7 @@ class LauncherLink:
                 log.warning("the launcher sent a line that is not JSON")
                 continue
             if "news" in message:
-                self._on_news(str(message["news"]), str(message.get("detail", "")))
+                self._on_news(str(message.get("incarnation", "")), str(message["news"]), str(message.get("detail", "")))
         if not self._closing:
             self._on_lost()
 

@@ -6,12 +6,15 @@ nothing after it does; only Redis's own clock decides; a time in which nobody co
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import secrets
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dtr.clock import SYSTEM, Clock
-from dtr.errors import CoordinatorUnavailable
+from dtr.errors import CoordinatorUnavailable, StateCorrupt
 from dtr.failpoints import failpoint
 from dtr.ring import virtual_nodes
 from dtr.state.client import translate
@@ -20,7 +23,9 @@ from dtr.state.keys import JOBS
 
 __all__ = ["BeatAnswer", "Identity", "MemberView", "beat", "depart", "join", "members", "new_incarnation", "open_state", "why_departed"]
 
-RECOVER_LEASE_MS = 60_000
+RECOVER_LEASE_S = 10.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,23 +83,52 @@ def open_state(
     Returns the state id.
     """
     proposed, who = secrets.token_hex(8), secrets.token_hex(8)
-    deadline = clock.monotonic() + timeout_s
+    deadline, waiting = clock.monotonic() + timeout_s, False
     keys = state.keys
+
+    def look() -> tuple[str, str, str]:
+        state_id, phase, by, _ = state.call("state_open", [keys.meta, keys.events], [proposed, who, int(RECOVER_LEASE_S * 1000)])
+        return state_id, phase, by
+
     while True:
-        state_id, phase, recover_by, _ = state.call("state_open", [keys.meta, keys.events], [proposed, who, RECOVER_LEASE_MS])
+        state_id, phase, recover_by = look()
         if phase != "READY" and recover_by == who:
-            known = recover(state_id) if recover is not None else 0
-            phase = state.call("state_ready", [keys.meta, keys.wake, keys.events], [state_id, who, max(known, counter)])
+            with _renewed(look):
+                known = recover(state_id) if recover is not None else 0
+            phase = state.call("state_ready", [keys.meta, keys.wake, keys.events], [state_id, max(known, counter)])
         if phase == "READY":
             with translate(state.url):
                 state.redis.zadd(JOBS, {state.job: state.server_now_ms()})
-            return str(state_id)
+            return state_id
+        if not waiting:
+            waiting = True
+            log.warning("job %s: another process rebuilds the state from the store; waiting for it (up to %g s)", state.job, timeout_s)
         if clock.monotonic() > deadline:
             raise CoordinatorUnavailable(
-                f"job {state.job}: another member ({recover_by}) has been rebuilding the state for {timeout_s:g} s; "
-                "look at its log, or run `dtr rebuild`"
+                f"job {state.job}: another process has been rebuilding the state for {timeout_s:g} s; look at its log, or run `dtr rebuild`"
             )
         clock.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _renewed(renew: Callable[[], object]) -> Iterator[None]:
+    """Keep the lease of a rebuild meanwhile, however long it takes; when this process dies, it lapses within seconds."""
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(RECOVER_LEASE_S / 3):
+            try:
+                renew()
+            except (CoordinatorUnavailable, StateCorrupt) as exc:
+                log.warning("cannot renew the lease of the rebuild: %s", exc)
+
+    thread = threading.Thread(target=loop, name="dtr-rebuild-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def join(state: JobState, who: Identity, *, ttl_ms: int) -> int:

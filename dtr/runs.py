@@ -98,12 +98,14 @@ def read_run(state: JobState, run: str, *, worker_id: str | None = None, wake_id
         raise StateCorrupt(f"{state.keys.run(run)} is missing or lacks a field: {exc}") from exc
 
 
-def why_ended(state: JobState, run: str) -> RosterChanged:
-    """The error that tells a member of ``run`` who departed and why; for a run that has ended."""
+def why_ended(state: JobState, run: str) -> RosterChanged | None:
+    """The error that tells a member of ``run`` who departed and why; None if the run is open."""
     with translate(state.url):
         ended_run, worker, rank, reason, current = state.redis.hmget(
             state.keys.meta, ["ended_run", "ended_worker", "ended_rank", "ended_reason", "run"]
         )
+    if current == run:
+        return None
     if ended_run == run:
         return RosterChanged(
             f"run {run} ended: rank {rank} ({worker}) departed: {reason}. Call form() to join the next run.",

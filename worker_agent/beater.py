@@ -53,16 +53,19 @@ def serve(source: int, target: int) -> int:
 
 
 def _beats(registration: Registration, target: int) -> BeatThread:
-    last = Progress(step=-1, phase="starting", at=0.0)
+    last, parent = Progress(step=-1, phase="starting", at=0.0), os.getppid()
 
     def look() -> Progress:
         nonlocal last
+        if os.getppid() != parent:  # a child that the trainer forked may hold our stdin open; the trainer itself has died
+            os._exit(0)
         last = read_page(registration.page) or last
         return last
 
     return BeatThread(
         registration.redis_url, registration.job, registration.who, ttl_ms=registration.ttl_ms, interval_ms=registration.interval_ms,
-        number=registration.number, read_progress=look, on_news=lambda news, detail: _write(target, news_line(news, detail)),
+        number=registration.number, read_progress=look,
+        on_news=lambda news, detail: _write(target, news_line(registration.who.incarnation, news, detail)),
     )  # fmt: skip
 
 

@@ -49,9 +49,9 @@ LEAVE: Final = Leave()
 OK: Final = b'{"ok":true}\n'
 
 
-def news_line(news: str, detail: str) -> bytes:
-    """What the trainer must know: ``stale``, or ``state_lost``."""
-    return orjson.dumps({"news": news, "detail": detail}) + b"\n"
+def news_line(incarnation: str, news: str, detail: str) -> bytes:
+    """What the trainer must know about this registration: ``stale``, ``state_lost``, or which ``run`` is open."""
+    return orjson.dumps({"news": news, "incarnation": incarnation, "detail": detail}) + b"\n"
 
 
 def error_line(error: str) -> bytes:

@@ -271,11 +271,15 @@ class Publisher:
             for saves in (self._inbox, self._watched):
                 if save in saves:
                     saves.remove(save)
-        if save.slot is not None:
-            try:
+        if save.slot is None or save.slot.record is None:
+            return
+        try:
+            now = save.slot.files.read()
+            # Usually the uploader was faster, and the slot may hold the next save by now, whose uploader our lock would turn away.
+            if now is not None and (now.save, now.state) == (save.slot.record.save, "STAGED"):
                 finish(save.slot, outcome, reason)
-            except OSError as exc:
-                log.warning("slot %s is not free yet: %s", save.slot.files.data, exc)
+        except OSError as exc:
+            log.warning("slot %s is not free yet: %s", save.slot.files.data, exc)
 
     def _count(self, counter: str) -> None:
         try:

@@ -66,7 +66,10 @@ class Exchange:
             except rx.NoScriptError:
                 answer, reply = self._replies([("EVAL", loaded.text, len(keys), *keys, *args), xread], quiet_bytes)
         except rx.ResponseError as exc:
-            raise error_of(exc) or translated(exc, self.url) from exc
+            known = error_of(exc)
+            if known is not None:
+                raise known from None
+            raise translated(exc, self.url) from exc
         except (rx.RedisError, OSError, UnicodeError) as exc:
             raise translated(exc, self.url) from exc
         return answer, _entries(reply)

@@ -164,4 +164,4 @@ class Scripts:
             known = error_of(exc)
             if known is None:
                 raise
-            raise known from exc
+            raise known from None  # it is ours: how redis-py carried it helps nobody

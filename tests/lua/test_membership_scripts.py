@@ -28,8 +28,7 @@ def test_nobody_gets_in_while_the_state_is_rebuilt(job_state: JobState) -> None:
         join(job_state, who, ttl_ms=TTL_MS)
     job_state.redis.hset(k.meta, "recover_until", 0)
     assert job_state.call("state_open", [k.meta, k.events], ["b" * 16, "second", 60_000])[2] == "second"
-    assert job_state.call("state_ready", [k.meta, k.wake, k.events], [state_id, "first", 0]) == "RECOVERING"
-    assert job_state.call("state_ready", [k.meta, k.wake, k.events], [state_id, "second", 7]) == "READY"
+    assert job_state.call("state_ready", [k.meta, k.wake, k.events], [state_id, 7]) == "READY"
     assert job_state.redis.hget(k.meta, "run_counter") == "7"
 
 

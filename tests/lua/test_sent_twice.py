@@ -47,7 +47,7 @@ def state_open(state: JobState) -> Act:
 
 def state_ready(state: JobState) -> Act:
     state_open(state)(state)
-    return lambda s: s.call("state_ready", [s.keys.meta, s.keys.wake, s.keys.events], ["f" * 16, "who", 3])
+    return lambda s: s.call("state_ready", [s.keys.meta, s.keys.wake, s.keys.events], ["f" * 16, 3])
 
 
 def member_join(state: JobState) -> Act:

@@ -161,8 +161,10 @@ class Care:
 
     def _news(self, visitor: Visitor, ward: Ward, news: str, detail: str) -> None:
         if self._of.get(visitor) is ward:
-            log.warning("%s: %s", ward.registration.who.worker_id, detail)
-            visitor.send(news_line(news, detail))
+            who = ward.registration.who
+            if news != "run":
+                log.warning("%s: %s", who.worker_id, detail)
+            visitor.send(news_line(who.incarnation, news, detail))
 
     def _stalled(self, seat: int, ward: Ward, watch: Watch) -> None:
         if self._is_current(seat, ward):

@@ -20,17 +20,27 @@
 local roster, round, arrived, round_wake = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local fence, worker, place, name, seq, subset = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 
+local function members_error(mine, theirs)
+  return redis.error_reply('BARRIER_MEMBERS barrier ' .. name .. ' is for ' .. (theirs == '' and 'the whole roster' or theirs)
+    .. ' in this run, and this member expects ' .. (mine == '' and 'the whole roster' or mine) .. ': give each set a name of its own')
+end
+
 local held = redis.call('HMGET', round, 'state', 'expected', 'members')
 local state, expected = held[1], tonumber(held[2])
+if state and held[3] ~= subset then return members_error(subset, held[3]) end
 if state and state ~= 'OPEN' then return barrier_verdict(round) end
 local run = redis.call('HMGET', roster, ':fence', ':world', ':wanted', worker)
 if run[1] ~= fence or run[4] ~= place then return redis.error_reply('ROSTER_CHANGED this member is not in an open run') end
-if state and held[3] ~= subset then
-  return redis.error_reply('BARRIER_MEMBERS this member expects ' .. (subset == '' and 'the whole roster' or subset)
-    .. ', the first arrival expects ' .. (held[3] == '' and 'the whole roster' or held[3]))
-end
 -- A final round expires; a member that slept through its release must pass, not open it anew.
-if not state and tonumber(redis.call('HGET', roster, ':released/' .. name) or -1) >= seq then return {'RELEASED', ''} end
+if not state then
+  local last = redis.call('HGET', roster, ':released/' .. name)
+  if last then
+    local released, asked, whom = string.match(last, '^(%d+) (%a*) (.*)$')
+    if whom ~= subset then return members_error(subset, whom) end
+    if tonumber(released) == seq then return {'RELEASED', asked} end
+    if tonumber(released) > seq then return {'RELEASED', ''} end
+  end
+end
 
 local size, max = string.match(run[2], '^(%d+) (%d+)$')
 local newly = redis.call('SADD', arrived, worker)
@@ -48,7 +58,7 @@ if count < expected then return 'OPEN' end
 local wanted = ''
 if subset == '' and tonumber(size) < tonumber(max) and run[3] then wanted = 'form' end
 redis.call('HSET', round, 'state', 'RELEASED', 'arrived', count, 'wanted', wanted)
-redis.call('HSET', roster, ':released/' .. name, seq)
+redis.call('HSET', roster, ':released/' .. name, seq .. ' ' .. wanted .. ' ' .. subset)
 redis.call('XADD', round_wake, '*', 'state', 'RELEASED', 'wanted', wanted)
 redis.call('EXPIRE', round, 60)
 redis.call('EXPIRE', arrived, 60)

@@ -81,7 +81,7 @@ for i = 1, #previous, 2 do
     if not arrived[previous[i]] then missing_previous = missing_previous + 1 end
   end
 end
-local settle_left = count >= max and 0 or math.max(0, forming_at + settle_ms - now)
+local settle_left = count >= max and 0 or math.min(settle_ms, math.max(0, forming_at + settle_ms - now))
 local closes = missing_previous == 0 and count >= min and settle_left == 0
 if closes and number <= counter then return {'again', counter} end
 

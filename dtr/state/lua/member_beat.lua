@@ -45,7 +45,8 @@ local now_text, how = integer(now), 'renewed'
 if mine[1] ~= incarnation or redis.call('ZADD', members, 'XX', 'CH', now + ttl_ms, worker) == 0 then
   if redis.call('HGET', fences, worker) ~= incarnation then
     local gone = redis.call('HGET', departed, worker)
-    return redis.error_reply('STALE_INCARNATION ' .. worker .. ' is no longer registered as ' .. incarnation .. ': ' .. (gone or 'unknown'))
+    return redis.error_reply('STALE_INCARNATION ' .. worker .. ' is no longer registered as ' .. incarnation .. ': '
+      .. (gone and string.match(gone, '^%S+ %S+ (.*)$') or 'Redis does not know why'))
   end
   redis.call('ZADD', members, now + ttl_ms, worker)
   redis.call('HSET', worker_key, 'incarnation', incarnation)
@@ -56,10 +57,16 @@ if number >= last then redis.call('HSET', worker_key, 'beat', number, 'beat_at',
 redis.call('PEXPIRE', worker_key, ttl_ms + 2 * interval_ms)
 
 -- Ten times an interval somebody notes that beats get through, and records who lapsed.
-local beat_at = tonumber(held[5])
-if now - beat_at <= interval_ms / 10 then return {held[3], held[4], how} end
+local since = now - tonumber(held[5])
+if since >= 0 and since <= interval_ms / 10 then return {held[3], held[4], how} end
 redis.call('HSET', meta, 'beat_at', now_text)
-if now - beat_at > 2 * interval_ms then
+if since < 0 or since > 2 * interval_ms then
+  -- A pause; or the server's clock went back, and with it every deadline is too far away.
+  if since < 0 then
+    for _, other in ipairs(redis.call('ZRANGE', members, integer(now + 2 * ttl_ms), '+inf', 'BYSCORE', 'LIMIT', 0, 1000)) do
+      redis.call('ZADD', members, 'XX', now + ttl_ms, other)
+    end
+  end
   redis.call('HSET', meta, 'grace_until', integer(now + ttl_ms))
   return {held[3], held[4], how}
 end

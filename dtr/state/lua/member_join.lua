@@ -19,7 +19,7 @@
 --   7 address     string  ip:port or empty
 --   8+ points     integer mmh3 points of virtual nodes 0, 1, ...
 -- RETURNS generation
--- ERRORS STATE_LOST RECOVERING
+-- ERRORS STATE_LOST RECOVERING STALE_INCARNATION
 -- WRITES meta members fences departed roster ring wake events worker_key
 -- IDEMPOTENT by the incarnation: a registration that stands only has its deadline renewed
 -- INCLUDE now integer state event depart
@@ -36,6 +36,11 @@ local before = redis.call('HGET', fences, worker)
 local generation = tonumber(held[3])
 
 if before ~= incarnation then
+  -- An echo of a registration that has departed meanwhile must not come back over its successor.
+  local gone = redis.call('HGET', departed, worker)
+  if gone and string.match(gone, '^%S+') == incarnation then
+    return redis.error_reply('STALE_INCARNATION ' .. worker .. ' has departed as ' .. incarnation .. ' already')
+  end
   if before then
     depart(now, meta, members, fences, departed, roster, ring, wake, events, worker, before, 'takeover by ' .. incarnation)
   end
@@ -51,7 +56,6 @@ if before ~= incarnation then
   emit(events, 'joined', 'worker', worker, 'incarnation', incarnation, 'host', host, 'pid', pid, 'generation', generation)
 end
 redis.call('ZADD', members, now + ttl_ms, worker)
-redis.call('HSET', meta, 'beat_at', integer(now))
 redis.call('HSET', worker_key, 'incarnation', incarnation, 'host', host, 'pid', pid, 'address', address,
   'phase', 'joined', 'beat', 0, 'beat_at', integer(now), 'ttl_ms', ttl_ms)
 redis.call('PEXPIRE', worker_key, ttl_ms * 2)

@@ -1,12 +1,12 @@
 -- Find the job's state, or create it as RECOVERING: the creator rebuilds the index from the store and then opens it.
--- A creator that died is succeeded by the next caller after its lease.
+-- The caller that rebuilds renews its lease by calling again; one that died is succeeded by the next caller after its lease.
 -- KEYS
 --   1 meta       hash    the job's state
 --   2 events     stream  for people
 -- ARGV
 --   1 proposed   string  state id to use if there is none
 --   2 who        string  token of this caller
---   3 lease_ms   integer how long a rebuild may take before another caller takes over
+--   3 lease_ms   integer how long a rebuild is left to its caller without a word from it
 -- RETURNS {state_id, phase, recover_by, run_counter}; the caller rebuilds iff phase is RECOVERING and recover_by is its token
 -- ERRORS STATE_CORRUPT
 -- WRITES meta events
@@ -27,7 +27,7 @@ if not state_id then
   emit(events, 'state_created', 'state_id', proposed)
   return {proposed, 'RECOVERING', who, '0'}
 end
-if phase ~= 'READY' and recover_by ~= who and tonumber(recover_until) < now then
+if phase ~= 'READY' and (recover_by == who or tonumber(recover_until) < now) then
   redis.call('HSET', meta, 'recover_by', who, 'recover_until', integer(now + lease_ms))
   recover_by = who
 end
