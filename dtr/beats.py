@@ -41,7 +41,7 @@ class Beater:
         self._number = number
         self._failures = 0
         self._shown: dict[str, str | int] = {}
-        self._run = ""
+        self._seen = (0, "")
 
     def beat(self, progress: Progress | None, *, late_ms: int, phase: str | None = None) -> tuple[str, str] | None:
         """Beat once. Returns news, ("stale" | "state_lost" | "run", detail), or None; an outage is logged at its beginning and its end."""
@@ -68,8 +68,8 @@ class Beater:
         if self._failures:
             log.warning("beats of %s get through again after %d failures", self.who.worker_id, self._failures)
             self._failures = 0
-        if answer.run != self._run:
-            self._run = answer.run
+        if (answer.generation, answer.run) != self._seen:  # a run may form and end between two beats: its end counts up the generation
+            self._seen = answer.generation, answer.run
             return "run", answer.run
         return None
 

@@ -34,7 +34,7 @@ class SaveHandle:
         staged: done when the trainer may go on; ``await handle`` waits for it and gives the handle itself.
         durable: a :class:`Commit`, or raises CheckpointAborted, CheckpointAbandoned or CheckpointConflict with the reason. It stays
             pending while Redis, the store or the uploader is away: the bytes are safe in their slot meanwhile.
-        state: a word for people: STAGED, WRITING, SEALED, COMMITTED, ABORTED, ABANDONED, CONFLICT, SKIPPED, FAILED or CLOSED.
+        state: a word for people: STAGED, WRITING, SEALED, ABORTING, COMMITTED, ABORTED, ABANDONED, CONFLICT, SKIPPED, FAILED or CLOSED.
     """
 
     __slots__ = ("__weakref__", "durable", "run", "staged", "state", "step")

@@ -15,6 +15,7 @@ import redis
 from dtr import counters
 from dtr.config import Settings
 from dtr.errors import (
+    BarrierBroken,
     BarrierMembersConflict,
     BarrierTimeout,
     ConfigError,
@@ -24,12 +25,14 @@ from dtr.errors import (
     InvalidInput,
     NotJoined,
     RosterChanged,
+    StoreUnavailable,
 )
 from dtr.runs import World
 from dtr.session import Session
 from dtr.state.keys import Keys
 from tests.proxy import Proxy
 from tests.servers import RedisServer
+from tests.waiting import eventually
 from worker_agent import Agent, TrainingOrchestrator
 
 Make = Callable[..., Session]
@@ -210,3 +213,86 @@ def test_an_agent_registers_its_address_and_steps(valkey: RedisServer, job: str,
         agent.step(step=10)
     agent.close()
     agent.close()
+
+
+def test_a_reason_with_a_bar_in_it_breaks_no_message(make_session: Make) -> None:
+    """Whatever the reason of a departure says, the others get BarrierBroken with the list of the missing."""
+    a, b = formed(make_session, 2)
+    waiting = ThreadPoolExecutor(1)
+    verdict = waiting.submit(lambda: a.barrier("b"))
+    eventually(lambda: a.state.redis.exists(a.state.keys.barrier("b", a.run.id, 0).round), what="the arrival")
+    b.close("killed | by hand")
+    error = verdict.exception(timeout=30)
+    waiting.shutdown()
+    assert isinstance(error, BarrierBroken)
+    assert isinstance(error, RosterChanged), "one except clause is enough for a trainer"
+    assert error.reason == "rank 1 (w1) departed: killed | by hand"
+    assert [m.worker for m in error.missing] == ["w1"]
+
+
+def test_a_rank_without_barriers_learns_from_its_beats_that_its_run_ended(make_session: Make) -> None:
+    """Given a trainer that only steps, when another departs, then check() says so within some beats."""
+    a, b = formed(make_session, 2)
+    b.close()
+
+    def ended() -> bool:
+        try:
+            a.check()
+        except RosterChanged as change:
+            return change.worker == "w1"
+        return False
+
+    eventually(ended, what="the news of the run's end")
+
+
+def test_a_write_of_unknown_outcome_is_settled_before_the_next(
+    settings: Settings, valkey: RedisServer, make_session: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given an addition whose reply never came, when another counter is added to, then both are there, once each."""
+    (a,) = formed(make_session, 1)
+    call = a.state.call
+    monkeypatch.setattr(type(a.state), "call", lambda self, *args: (call(*args), lost())[1] if args[0] == "counter_add" else call(*args))
+    with pytest.raises(CoordinatorUnavailable):
+        counters.add(a, "saves_skipped")
+    monkeypatch.undo()
+    assert counters.add(a, "saves_failed", 5) == 5
+    assert counters.read(a.state) == {"saves_skipped": 1, "saves_failed": 5}
+
+
+def lost() -> None:
+    raise CoordinatorUnavailable("no reply")
+
+
+def test_a_registration_that_fails_once_is_tried_again(make_session: Make, own_valkey: RedisServer, settings: Settings) -> None:
+    """Given that the rebuild fails twice after FLUSHALL, when it works again, then the member is back, and forms, and is not stale."""
+    failures = iter([StoreUnavailable("503 slow down"), StoreUnavailable("503 slow down")])
+
+    def recover(state_id: str) -> int:
+        if armed:
+            error = next(failures, None)
+            if error is not None:
+                raise error
+        return 0
+
+    armed: list[bool] = []
+    here = replace(settings, redis_url=own_valkey.url)
+    a = make_session("w0", settings=here, recover=recover).start()
+    a.form()
+    armed.append(True)
+    a.state.redis.flushall()
+    eventually(lambda: a.state.redis.zscore(a.state.keys.members, "w0"), what="the member to be back")
+    with pytest.raises(RosterChanged, match="Redis lost the state"):
+        a.check()
+    assert a.form().world_size == 1
+    a.barrier("b")
+
+
+def test_failed_starts_leave_no_pages_behind(tmp_path: Path, make_session: Make, settings: Settings) -> None:
+    """Three starts without Redis under a launcher: one page at most, and none after close()."""
+    session = make_session("w", settings=replace(settings, redis_url="redis://127.0.0.1:1/0"), launcher=str(tmp_path / "socket"))
+    for _ in range(3):
+        with pytest.raises(CoordinatorUnavailable):
+            session.start()
+    assert len(list(tmp_path.glob("page-*"))) == 1
+    session.close()
+    assert list(tmp_path.glob("page-*")) == []

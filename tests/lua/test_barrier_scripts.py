@@ -136,3 +136,30 @@ def test_a_waiting_newcomer_is_announced_to_all_in_the_same_round(job_state: Job
     meet(job_state, a, run, seq=1)
     assert meet(job_state, b, run, seq=1)[1] == "form"
     assert meet(job_state, a, run, seq=1)[1] == "form"
+
+
+def test_one_name_is_for_one_member_set_also_after_its_release(job_state: JobState) -> None:
+    """Given a round of a pair that was released, when others use the name for another set, then they are told and do not pass."""
+    (a, b, c), run = formed(job_state, "a", "b", "c")
+    for who in (a, b):
+        meet(job_state, who, run, "node", subset='["a","b"]')
+    for subset in ('["b","c"]', ""):
+        with pytest.raises(BarrierMembersConflict, match="a name of its own"):
+            meet(job_state, c, run, "node", subset=subset)
+    r = job_state.keys.barrier("node", run.id, 0)
+    job_state.redis.delete(r.round, r.arrived, r.wake)
+    with pytest.raises(BarrierMembersConflict, match="a name of its own"):
+        meet(job_state, c, run, "node")
+
+
+def test_a_sleeper_gets_the_wish_to_form_of_its_expired_round(job_state: JobState) -> None:
+    """Given a release that asked everyone to form and has expired, when a late waiter asks, then it gets the same answer."""
+    (a, b), run = formed(job_state, "a", "b", spare=1)
+    c = replace(a, worker_id="c", incarnation="c1")
+    join(job_state, c, ttl_ms=TTL_MS)
+    arrive(job_state, c, low=2, high=3, number=2)
+    meet(job_state, a, run)
+    meet(job_state, b, run)
+    r = job_state.keys.barrier("b", run.id, 0)
+    job_state.redis.delete(r.round, r.arrived, r.wake)
+    assert meet(job_state, a, run) == ["RELEASED", "form"]

@@ -170,3 +170,36 @@ def test_a_death_in_the_roster_ends_the_run_and_writes_fixed_keys_only(job_state
     ]
     assert job_state.redis.xlen(k.wake) == woken + 1
     assert set(job_state.redis.keys("*")) - before <= {k.departed}
+
+
+def test_the_echo_of_an_older_registration_does_not_come_back(job_state: JobState) -> None:
+    """Given that a newer process took the worker_id, when the older one's join is sent again, then it is refused and the newer stays."""
+    (old,) = joined(job_state, "w")
+    new = replace(old, incarnation="new")
+    join(job_state, new, ttl_ms=TTL_MS)
+    with pytest.raises(StaleIncarnation, match="has departed"):
+        join(job_state, old, ttl_ms=TTL_MS)
+    assert job_state.redis.hget(job_state.keys.fences, "w") == "new"
+
+
+def test_a_join_does_not_hide_a_pause(job_state: JobState) -> None:
+    """Given that nobody could beat for long, when one joins and then beats, then the others still get their grace."""
+    joined(job_state, "a", "b")
+    k, now = job_state.keys, job_state.server_now_ms()
+    job_state.redis.hset(k.meta, "beat_at", now - 10_000)
+    job_state.redis.zadd(k.members, {"a": now - 5_000, "b": now - 5_000})
+    (late,) = joined(job_state, "z")
+    for number in (1, 2):
+        beat(job_state, late, number=number, ttl_ms=TTL_MS, interval_ms=1000)
+    assert job_state.redis.hlen(k.departed) == 0
+
+
+def test_a_server_clock_that_goes_back_keeps_the_dead_dead(job_state: JobState) -> None:
+    """Given marks of an hour ahead, when one beats, then deadlines are near again and the silent are reaped after their grace."""
+    silent, alive = joined(job_state, "silent", "alive")
+    k, hour = job_state.keys, 3_600_000
+    job_state.redis.hset(k.meta, "beat_at", job_state.server_now_ms() + hour)
+    job_state.redis.zadd(k.members, {"silent": job_state.server_now_ms() + hour})
+    beat(job_state, alive, number=1, ttl_ms=TTL_MS, interval_ms=1000)
+    assert job_state.redis.zscore(k.members, silent.worker_id) <= job_state.server_now_ms() + TTL_MS
+    assert int(job_state.redis.hget(k.meta, "grace_until")) > job_state.server_now_ms()
