@@ -53,6 +53,7 @@ class Settings:
     slot_policy: str = _setting("wait", "no free slot: wait, skip or fail")
     slot_wait_s: float = _setting(600.0, "how long policy 'wait' waits for a free slot", 0.0, 604_800)
     staging_budget_bytes: int | None = _setting(None, "upper bound of all slots in the staging folder; default: what is free", 1)
+    leave_timeout_s: float = _setting(60.0, "how long an agent that leaves waits for its saves to become durable", 0.0, 86_400)
     lease_s: float = _setting(10.0, "an upload's claim on a part; renewed at a third of it", 1.0, 3_600)
     max_attempts: int = _setting(5, "attempts at one part without progress before the checkpoint is aborted", 1, 1_000)
     scan_interval_s: float = _setting(2.0, "seconds between two scans of the reconciler", 0.1, 3_600)

@@ -22,7 +22,7 @@ class PlainLayout:
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
 
-    def copy_into(self, buffer: memoryview, leaves: Mapping[str, Any]) -> None:
+    def copy_into(self, buffer: memoryview, leaves: Mapping[str, Any], *, threads: int = 1) -> None:
         buffer[:] = leaves["x"]
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import Collection, Iterator
+from concurrent.futures import wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from dtr.datasets.registry import DatasetRegistry
 
 __all__ = ["Agent"]
+
+log = logging.getLogger(__name__)
 
 
 class Agent:
@@ -80,6 +84,7 @@ class Agent:
         self._checkpoints: CheckpointManager | None = None
         self._datasets: DatasetRegistry | None = None
         self._step = -1
+        self._saves: list[SaveHandle] = []
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -120,11 +125,28 @@ class Agent:
         return self
 
     def close(self) -> None:
-        """Leave the job. Staged saves are committed all the same, by the uploader. Safe to call twice."""
+        """Leave the job. Safe to call twice.
+
+        First waits, up to ``leave_timeout_s``, until the saves of this process are decided: whoever leaves ends the run, and a save that
+        another rank has not staged by then could never become complete.
+        """
         if self._checkpoints is not None:
+            self._see_saves_through()
             self._checkpoints.close()
             self._checkpoints = None
         self._session.close()
+
+    def _see_saves_through(self) -> None:
+        undecided = [handle for handle in self._saves if not handle.durable.done()]
+        if undecided:
+            log.info("%s leaves when its saves are decided: %s", self.worker_id, ", ".join(str(handle.step) for handle in undecided))
+            wait([handle.durable for handle in undecided], timeout=self.settings.leave_timeout_s)
+        for handle in self._saves:
+            if not handle.durable.done():
+                log.warning(
+                    "%s leaves, and the save of step %d is not decided after %g s; `dtr ckpt show %s %d` tells what it waits for",
+                    self.worker_id, handle.step, self.settings.leave_timeout_s, handle.run, handle.step,
+                )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self.start()
@@ -249,7 +271,9 @@ class Agent:
         """
         if step is None and self._step < 0:
             raise InvalidInput("there is no step to save yet: call step() first, or pass step=", field="step")
-        return self.checkpoints.save_async(state, step=self._step if step is None else step, replicated=replicated)
+        handle = self.checkpoints.save_async(state, step=self._step if step is None else step, replicated=replicated)
+        self._saves = [*(older for older in self._saves if not older.durable.done()), handle]
+        return handle
 
     def restore(self, *, fresh: bool = False) -> Restored | None:
         """Restore the newest checkpoint that every rank can read; collective: every rank of the run calls it before its first save.

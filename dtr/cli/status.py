@@ -24,7 +24,13 @@ from dtr.views.words import count_of, duration, size, some
 
 __all__ = ["status"]
 
-_VERDICTS: Final = {"running": "bold green", "over": "bold", "forming": "bold yellow", "recovering": "bold yellow"}
+_VERDICTS: Final = {
+    "running": "bold green",
+    "finished": "bold green",
+    "over": "bold",
+    "forming": "bold yellow",
+    "recovering": "bold yellow",
+}
 _JOBS: Final = (
     Column(title="job", least=12, keep="ends"),
     Column(title="alive", right=True),

@@ -8,7 +8,7 @@ key                            type    holds (TTL; written by)
 =============================  ======  ==============================================================================================
 ``meta``                       hash    schema, state_id, phase (READY or RECOVERING, recover_by, recover_until), revision, generation,
                                        run (the current one, empty between runs), run_counter, last_run, ended_run, ended_worker,
-                                       ended_rank, ended_reason, beat_at, grace_until, latest (RUN/STEP) (none; every module)
+                                       ended_rank, ended_reason, beat_at, grace_until, base_at, latest (RUN/STEP) (none; every module)
 ``members``                    zset    worker -> deadline in ms (none; join, beat, depart)
 ``fences``                     hash    worker -> incarnation; worker/CHANNEL -> ``number answer`` (none; join, depart, each channel)
 ``departed``                   hash    worker -> ``incarnation time reason`` of its newest departure (none; depart, reap)
@@ -19,23 +19,23 @@ key                            type    holds (TTL; written by)
 ``roster``                     hash    the current run only: worker -> ``rank incarnation``; ``:fence`` (state and run, while open),
                                        ``:world``, ``:wanted``, ``:released/NAME`` (none; form, depart, arrive)
 ``forming``                    hash    arrivals of the next run: worker -> ``incarnation asked_rank host`` (none; form)
-``run:RUN``                    hash    world_size, generation, previous, base_state, base_run, base_step, store, formed_at, and one field
-                                       ``member:ID`` -> ``rank incarnation host`` each (none; form, base)
-``run:RUN:restore``            hash    the collective restore: state, choice, offers, ``offer:RANK``, ``vote:RANK``, ``dropped:RUN/STEP``
-                                       (1 day; restore)
+``run:RUN``                    hash    world_size, generation, previous, formed_at, base_state (NONE, CUT, SET), base_run, base_step,
+                                       base_at, store, keep_last, grace_ms, ``member:ID`` -> ``rank incarnation host`` each (none; form, base)
+``run:RUN:restore``            hash    the collective restore: attempt, state, choice, order, fresh, votes, seen, dropped, ``offer:RANK``,
+                                       ``count:RUN/STEP``, ``verdict:N`` (1 day; restore)
 ``barrier:NAME:RUN:SEQ``       hash    one round: state, arrived, expected, members (digest), opened_at, missing, reason, wanted
                                        (60 s once final, else 1 day; arrive, timeout)
 ``...:arrived``                set     members that arrived (as the round)
 ``...:wake``                   stream  one entry when the round is final (as the round)
-``wake``                       stream  news that interrupts a wait: departed, joined, formed, restore (about 1,000 entries)
+``wake``                       stream  news that interrupts a wait: departed, formed, ready, restore, based (about 1,000 entries)
 ``lineage``                    hash    run -> last step inclusive that the lineage took from it; empty for the current run (base)
 ``ckpts``                      zset    ``RUN/STEP`` -> step (retention removes)
 ``open_ckpts``                 zset    ``RUN/STEP`` -> created_at, while WRITING, SEALED or ABORTING (begin, decide)
-``ckpt:RUN:STEP``              hash    state, reason, world_size, expected, done, replicated, store, created_at, sealed_at, decided_at,
-                                       size_bytes (retention removes)
-``ckpt:RUN:STEP:parts``        hash    per rank R: ``R/state``, ``R/worker``, ``R/incarnation``, ``R/host``, ``R/size_bytes``,
-                                       ``R/checksum``, ``R/object``, ``R/nonce``, ``R/uploader``, ``R/lease_until``, ``R/attempts``,
-                                       ``R/progress_bytes``, ``R/error`` (as its checkpoint)
+``ckpt:RUN:STEP``              hash    state, reason, world_size, expected, done, replicated, writer, store, created_at, sealed_at,
+                                       decided_at, size_bytes, retired_at (retention removes)
+``ckpt:RUN:STEP:parts``        hash    per rank R: ``R/state``, ``R/worker``, ``R/incarnation``, ``R/host``, ``R/save``,
+                                       ``R/size_bytes``, ``R/checksum``, ``R/object``, ``R/nonce``, ``R/uploader``, ``R/lease_until``,
+                                       ``R/attempts``, ``R/failures``, ``R/retry_at``, ``R/progress_bytes``, ``R/error`` (as its checkpoint)
 ``datasets``                   hash    data set -> its current version (none; register)
 ``dataset:NAME``               hash    the current spec; ``dataset:NAME:VERSION`` each version, kept (none; register)
 ``dataset:NAME:DIGEST:files``  hash    file -> facts of the spec with this digest (none once registered; register)
@@ -44,7 +44,8 @@ key                            type    holds (TTL; written by)
 ``events``                     stream  members, runs, broken rounds, checkpoints, recovery (about 10,000 entries; every module)
 =============================  ======  ==============================================================================================
 
-Outside any job: ``dtr:jobs`` (zset, job -> last seen) and ``dtr:uploader:HOST`` (hash with TTL: an uploader lives there).
+Outside any job: ``dtr:jobs`` (zset, job -> last seen) and ``dtr:uploader:HOST`` (hash with TTL: an uploader lives there; host,
+pid, started_at, last_scan_at, queue, version and what it has in hand).
 """
 
 from __future__ import annotations

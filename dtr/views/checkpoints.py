@@ -157,7 +157,7 @@ def _describe(
     return CheckpointView(
         run=run,
         step=step,
-        state=word,
+        state="RETIRED" if fields.text("retired_at") else word,
         reason=fields.text("reason"),
         latest=latest,
         on_lineage=on_lineage,

@@ -27,6 +27,10 @@ from dtr.views.reading import reading
 __all__ = ["Checked", "CheckpointRow", "CheckpointsView", "OneView", "Sources", "read", "read_one", "targets", "verify"]
 
 _READERS: Final = 8
+_NO_STORE: Final = "no store is known: give --store to compare with it"
+_NOTHING: Final = (
+    "Redis knows no checkpoint of this job: give --store to look there; if Redis was emptied, `dtr rebuild --from STORE` tells it"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,7 @@ class Sources:
             note = f"showing what the store holds, because {exc.message}"
         if not url:
             return cls(
-                job=state.job, state=state, index=index, store=None, url="", note="no store is known: give --store to compare with it"
+                job=state.job, state=state, index=index, store=None, url="", note=_NO_STORE if index and index.checkpoints else _NOTHING
             )
         base = open_store(url)
         return cls(job=state.job, state=None if index is None else state, index=index, store=base.child(state.job), url=base.url, note=note)
@@ -149,9 +153,14 @@ def read(sources: Sources, *, retired: bool = False) -> CheckpointsView:
             listed = _listed(store, lineage, replace(holdings, decided=holdings.decided - known))
             latest = latest or _latest(lineage, listed)
     rows = [_indexed_row(ckpt, holdings, sources.url) for ckpt in indexed]
-    rows += [_listed_row(one, latest, index) for one in listed if retired or one.state != "RETIRED"]
+    rows += [_listed_row(one, latest, index) for one in listed]
+    rows = [row for row in rows if retired or row.state != "RETIRED"]
     rows.sort(key=lambda row: (row.at_ms or 0, row.step, row.run), reverse=True)
-    return CheckpointsView(job=sources.job, store=sources.url, latest=latest, note=sources.note, checkpoints=tuple(rows))
+    elsewhere = sorted({ckpt.store for ckpt in indexed} - {"", sources.url})
+    note = sources.note
+    if elsewhere and not note and sources.url:
+        note = f"some of these are in {', '.join(elsewhere)}, as Redis says; that was not asked"
+    return CheckpointsView(job=sources.job, store=sources.url, latest=latest, note=note, checkpoints=tuple(rows))
 
 
 def read_one(sources: Sources, run: str, step: int) -> OneView:
@@ -217,7 +226,7 @@ def targets(sources: Sources, words: Sequence[str], *, everything: bool = False)
         return [_parsed(words)]
     found = read(sources).latest
     if not found:
-        raise NoCheckpoint(f"job {sources.job} has no commit yet in {sources.url or 'any store'}")
+        raise NoCheckpoint(f"job {sources.job} has no commit yet in {sources.url}" if sources.url else f"job {sources.job}: {sources.note}")
     return [checkpoints.split(found)]
 
 

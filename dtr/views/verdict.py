@@ -54,7 +54,9 @@ def _nobody(meta: Fields, people: WorkersView, now_ms: int) -> tuple[str, str]:
         first = failed[-1]  # the newest stands first; whoever failed first is the likely cause
         return "dead", f"nobody is alive: {named(first)} departed {duration(first.ago_s)} ago: {first.reason}"
     if seated:
-        return "over", f"everybody has left, the last one {duration(seated[0].ago_s)} ago"
+        latest = meta.text("latest")
+        saved = f"; the last commit is {latest}" if latest else ""
+        return "finished", f"all left in good order, the last one {duration(seated[0].ago_s)} ago{saved}"
     return "over", f"nobody is there, and nobody has departed{last}"
 
 

@@ -80,7 +80,7 @@ def test_a_dead_job_names_the_first_that_failed():
 def test_a_job_that_everybody_left_is_over():
     """Left or exit 0 is no failure; an older failure of a former roster does not count."""
     left = (gone(0, "left", 12), gone(1, "exit 0", 15), replace(gone(9, "signal 9", 900), rank=None))
-    assert judged(people(run="", departed=left)) == ("over", "everybody has left, the last one 12 s ago")
+    assert judged(people(run="", departed=left)) == ("finished", "all left in good order, the last one 12 s ago")
 
 
 def test_a_state_under_reconstruction_is_recovering():

@@ -234,7 +234,7 @@ class TestFailedCopies:
         """Whatever the copy raises reaches the caller, and nothing is staged."""
 
         class Refuses(PlainLayout):
-            def copy_into(self, buffer: memoryview, leaves: object) -> None:
+            def copy_into(self, buffer: memoryview, leaves: object, *, threads: int = 1) -> None:
                 buffer[:10] = b"y" * 10
                 raise ZeroDivisionError
 
