@@ -20,7 +20,7 @@ key                            type    holds (TTL; written by)
                                        ``:world``, ``:wanted``, ``:released/NAME`` (none; form, depart, arrive)
 ``forming``                    hash    arrivals of the next run: worker -> ``incarnation asked_rank host`` (none; form)
 ``run:RUN``                    hash    world_size, generation, previous, formed_at, base_state (NONE, CUT, SET), base_run, base_step,
-                                       base_at, store, keep_last, grace_ms, ``member:ID`` -> ``rank incarnation host`` each (none; form, base)
+                                       base_at, store, keep_last, grace_ms, ``member:ID`` -> ``rank incarnation host`` (none; form, base)
 ``run:RUN:restore``            hash    the collective restore: attempt, state, choice, order, fresh, votes, seen, dropped, ``offer:RANK``,
                                        ``count:RUN/STEP``, ``verdict:N`` (1 day; restore)
 ``barrier:NAME:RUN:SEQ``       hash    one round: state, arrived, expected, members (digest), opened_at, missing, reason, wanted
