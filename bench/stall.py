@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def uploader(url: str, folder: Path) -> Iterator[None]:
     """A real uploader of the staging folder ``folder/staging``, as `dtr up` starts it."""
     staging = folder / "staging" if not os.path.isdir("/dev/shm") else Path(tempfile.mkdtemp(prefix="dtr-bench-", dir="/dev/shm"))
-    os.environ.update({"DTR_REDIS_URL": url, "DTR_STAGING": str(staging), "DTR_KEEP_LAST": "1", "DTR_READER_GRACE_S": "0"})
+    settings = {"DTR_REDIS_URL": url, "DTR_STAGING": str(staging), "DTR_KEEP_LAST": "1", "DTR_READER_GRACE_S": "0"}
+    before = dict(os.environ)
+    os.environ.update(settings)
     log = folder / "uploader.log"
     with log.open("wb") as out:
         child = subprocess.Popen([sys.executable, "-m", "celery", "-A", "tasks", "worker"], stdout=out, stderr=out)
@@ -81,8 +84,8 @@ def uploader(url: str, folder: Path) -> Iterator[None]:
     finally:
         child.terminate()
         child.wait(timeout=60)
-        import shutil
-
+        os.environ.clear()
+        os.environ.update(before)
         shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -123,18 +123,20 @@ class Layout:
                 raise InvalidInput(f"leaves must be those that were arranged; {entry.name!r} is absent or has another size")
         view[: len(self.header)] = self.header
         data = np.frombuffer(view[: self.size_bytes], np.uint8)[len(self.header) :]
-        if threads == 1:
+        if threads == 1 or len(data) <= _PIECE_BYTES:
             for entry in self.entries:
                 _copy(data[entry.start : entry.end], leaves[entry.name].array)
             return
+        batches = _batches(_pieces(data, self.entries, leaves), max(_PIECE_BYTES, len(data) // (8 * threads)))
         with ThreadPoolExecutor(threads, thread_name_prefix="dtr-copy") as pool:
-            for _ in pool.map(lambda job: _copy(*job), _pieces(data, self.entries, leaves)):
+            for _ in pool.map(_copy_all, batches):
                 pass
 
 
-def _pieces(
-    data: NDArray[np.uint8], entries: tuple[Entry, ...], leaves: Mapping[str, Tensor]
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any]]]:
+_Piece = tuple[NDArray[np.uint8], NDArray[Any]]
+
+
+def _pieces(data: NDArray[np.uint8], entries: tuple[Entry, ...], leaves: Mapping[str, Tensor]) -> Iterator[_Piece]:
     """The copies to be made, large contiguous ones cut so that threads share them."""
     for entry in entries:
         array, target = leaves[entry.name].array, data[entry.start : entry.end]
@@ -144,6 +146,25 @@ def _pieces(
         source = array.reshape(-1).view(np.uint8)
         for start in range(0, array.nbytes, _PIECE_BYTES):
             yield target[start : start + _PIECE_BYTES], source[start : start + _PIECE_BYTES]
+
+
+def _batches(pieces: Iterable[_Piece], size_bytes: int) -> Iterator[list[_Piece]]:
+    """Pieces in turn, some for each hand-over to a thread: a hand-over costs as much as copying a hundred kilobytes."""
+    batch: list[_Piece] = []
+    held = 0
+    for piece in pieces:
+        batch.append(piece)
+        held += len(piece[0])
+        if held >= size_bytes:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _copy_all(batch: list[_Piece]) -> None:
+    for target, array in batch:
+        _copy(target, array)
 
 
 def _copy(target: NDArray[np.uint8], array: NDArray[Any]) -> None:
