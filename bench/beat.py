@@ -83,7 +83,7 @@ def _members(state: JobState, count: int) -> list[Identity]:
 def _call(state: JobState, who: Identity, number: int) -> tuple[list[str], list[Any]]:
     """KEYS and ARGV of a beat, as dtr.membership.beat sends them."""
     k = state.keys
-    keys = [k.meta, k.members, k.fences, k.departed, k.roster, k.ring, k.wake, k.events, k.worker(who.worker_id)]
+    keys = [k.meta, k.members, k.fences, k.departed, k.worker(who.worker_id)]
     return keys, [who.state_id, who.worker_id, who.incarnation, number, 600_000, INTERVAL_MS, 1234]
 
 

@@ -21,9 +21,22 @@ from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.state.keys import JOBS
 
-__all__ = ["BeatAnswer", "Identity", "MemberView", "beat", "depart", "join", "members", "new_incarnation", "open_state", "why_departed"]
+__all__ = [
+    "BeatAnswer",
+    "Identity",
+    "MemberView",
+    "beat",
+    "depart",
+    "join",
+    "members",
+    "new_incarnation",
+    "open_state",
+    "reap",
+    "why_departed",
+]
 
 RECOVER_LEASE_S = 10.0
+REAP_LIMIT = 8  # keeps the script short; the next beat goes on
 
 log = logging.getLogger(__name__)
 
@@ -182,31 +195,25 @@ def beat(
     """
     keys = state.keys
     fields = [text for pair in progress.items() for text in pair]
-    generation, run, how = state.call(
+    generation, run, how, lapsed = state.call(
         "member_beat",
-        [
-            keys.meta,
-            keys.members,
-            keys.fences,
-            keys.departed,
-            keys.roster,
-            keys.ring,
-            keys.wake,
-            keys.events,
-            keys.worker(who.worker_id),
-        ],
-        [
-            who.state_id,
-            who.worker_id,
-            who.incarnation,
-            number,
-            ttl_ms,
-            interval_ms,
-            "" if step is None or step < 0 else step,
-            *fields,
-        ],
+        [keys.meta, keys.members, keys.fences, keys.departed, keys.worker(who.worker_id)],
+        [who.state_id, who.worker_id, who.incarnation, number, ttl_ms, interval_ms, "" if step is None or step < 0 else step, *fields],
     )
+    if lapsed:
+        reap(state, who.state_id)
     return BeatAnswer(generation=int(generation), run=run or "", revived=how == "revived")
+
+
+def reap(state: JobState, state_id: str) -> int:
+    """Record the death of members whose deadline has passed, some at a time; returns how many."""
+    keys = state.keys
+    answer = state.call(
+        "member_reap",
+        [keys.meta, keys.members, keys.fences, keys.departed, keys.roster, keys.ring, keys.wake, keys.events],
+        [state_id, REAP_LIMIT],
+    )
+    return int(answer)
 
 
 def depart(state: JobState, *, state_id: str, worker_id: str, incarnation: str, reason: str) -> bool:

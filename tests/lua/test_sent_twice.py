@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dtr.membership import Identity, beat
+from dtr.membership import Identity, beat, reap
 from dtr.state.job import JobState
 from dtr.state.scripts import catalogue, load
 from tests.lua import checkpoints as ckpt
@@ -57,10 +57,15 @@ def member_join(state: JobState) -> Act:
 
 
 def member_beat(state: JobState) -> Act:
-    (who, gone), _ = jobs.formed(state, "a", "b")
-    state.redis.zadd(state.keys.members, {gone.worker_id: 1})
+    (who, _), _ = jobs.formed(state, "a", "b")
     state.redis.hset(state.keys.meta, "beat_at", state.server_now_ms() - 500)
     return lambda s: beat(s, who, number=1, ttl_ms=60_000, interval_ms=1000, step=7).run
+
+
+def member_reap(state: JobState) -> Act:
+    (who, gone), _ = jobs.formed(state, "a", "b")
+    state.redis.zadd(state.keys.members, {gone.worker_id: 1})
+    return effect(lambda s: reap(s, who.state_id))
 
 
 def member_depart(state: JobState) -> Act:

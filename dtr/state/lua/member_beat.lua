@@ -1,15 +1,11 @@
--- Renew one member's deadline, report its progress, and record the death of a bounded number of members whose deadline passed.
--- Nobody is reaped within a grace after a time in which nobody could beat (a pause of Redis makes every deadline lapse at once).
+-- Renew one member's deadline and report its progress: the most frequent script of all, so it does only that. Ten times an interval
+-- one of them notes that beats get through, and tells its caller when somebody's deadline has passed (see member_reap).
 -- KEYS
 --   1 meta        hash    the job's state
 --   2 members     zset    worker -> deadline
 --   3 fences      hash    worker -> incarnation, and the numbers of its channels
 --   4 departed    hash    who left and why
---   5 roster      hash    of the current run
---   6 ring        zset    virtual nodes, for people
---   7 wake        stream  interrupts waits
---   8 events      stream  for people
---   9 worker_key  hash    this member, with TTL
+--   5 worker_key  hash    this member, with TTL
 -- ARGV
 --   1 state_id    string  that the member joined
 --   2 worker      string  worker_id
@@ -19,13 +15,13 @@
 --   6 interval_ms integer between two beats of a member
 --   7 step        string  the last step, or empty
 --   8+ progress   string  fields and values for worker_key that changed since the last answered beat: phase, late_ms, ...
--- RETURNS {generation, run, how}: how is revived when worker_key had gone and needs every field again, else renewed
+-- RETURNS {generation, run, how, lapsed}: how is revived when worker_key had gone and needs every field again, else renewed;
+--   lapsed is a member to reap, or empty
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION
--- WRITES meta members fences departed roster ring wake events worker_key
--- IDEMPOTENT sets only; a member that was reaped is not reaped again
--- INCLUDE now integer state event depart
-local meta, members, fences, departed, roster, ring = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local wake, events, worker_key = KEYS[7], KEYS[8], KEYS[9]
+-- WRITES meta members worker_key
+-- IDEMPOTENT sets only
+-- INCLUDE now integer state
+local meta, members, fences, departed, worker_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local state_id, worker, incarnation, number = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local ttl_ms, interval_ms, step = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 
@@ -54,11 +50,12 @@ if mine[1] ~= incarnation or redis.call('ZADD', members, 'XX', 'CH', now + ttl_m
 end
 if number >= last then redis.call('HSET', worker_key, 'beat', number, 'beat_at', now_text, 'step', step, unpack(ARGV, 8)) end
 -- The hash outlives the deadline a little, so that whoever learns of the death can still say what the last step was.
-redis.call('PEXPIRE', worker_key, ttl_ms + 2 * interval_ms)
+-- Every other beat will do: between two renewals it loses two intervals of the three.
+if number % 2 == 1 or how == 'revived' then redis.call('PEXPIRE', worker_key, ttl_ms + 3 * interval_ms) end
 
 -- Ten times an interval somebody notes that beats get through, and records who lapsed.
 local since = now - tonumber(held[5])
-if since >= 0 and since <= interval_ms / 10 then return {held[3], held[4], how} end
+if since >= 0 and since <= interval_ms / 10 then return {held[3], held[4], how, ''} end
 redis.call('HSET', meta, 'beat_at', now_text)
 if since < 0 or since > 2 * interval_ms then
   -- A pause; or the server's clock went back, and with it every deadline is too far away.
@@ -68,13 +65,8 @@ if since < 0 or since > 2 * interval_ms then
     end
   end
   redis.call('HSET', meta, 'grace_until', integer(now + ttl_ms))
-  return {held[3], held[4], how}
+  return {held[3], held[4], how, ''}
 end
-if now < tonumber(redis.call('HGET', meta, 'grace_until')) then return {held[3], held[4], how} end
-local lapsed = redis.call('ZRANGE', members, '-inf', '(' .. now_text, 'BYSCORE', 'LIMIT', 0, 8)
-for _, other in ipairs(lapsed) do
-  depart(now, meta, members, fences, departed, roster, ring, wake, events, other,
-    redis.call('HGET', fences, other) or '?', 'no beat within its ttl')
-end
-held = redis.call('HMGET', meta, 'generation', 'run')
-return {held[1], held[2], how}
+if now < tonumber(redis.call('HGET', meta, 'grace_until')) then return {held[3], held[4], how, ''} end
+local lapsed = redis.call('ZRANGE', members, '-inf', '(' .. now_text, 'BYSCORE', 'LIMIT', 0, 1)
+return {held[3], held[4], how, lapsed[1] or ''}
