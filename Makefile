@@ -47,6 +47,7 @@ check: venv ## Style, types, import layers, headers of the Lua scripts
 bench: venv ## The figures, one JSON object each: placement, barrier, beat (needs redis-benchmark)
 	@$(BIN)/python -m bench.placement --json
 	@$(BIN)/python -m bench.barrier --json
+	@$(BIN)/python -m bench.stall --json
 	@$(BIN)/python -m bench.beat --json
 
 clean: ## Remove .venv and what tools leave behind
