@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from dtr.config import Settings
 from dtr.session import Session
 from dtr.state.job import JobState
 from tests.servers import RedisServer, has_redis, redis_server, valkey_server
+
+
+# Whoever starts the tests in the background may have these ignored, and children inherit that: Ctrl-C could not be tried then.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
