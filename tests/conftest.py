@@ -17,7 +17,6 @@ from dtr.session import Session
 from dtr.state.job import JobState
 from tests.servers import RedisServer, has_redis, redis_server, valkey_server
 
-
 # Whoever starts the tests in the background may have these ignored, and children inherit that: Ctrl-C could not be tried then.
 for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
