@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from redis.exceptions import NoScriptError
 
 from dtr import names
 from dtr.clock import SYSTEM, Clock
@@ -23,12 +24,13 @@ from dtr.state.client import translate
 from dtr.state.exchange import Exchange
 from dtr.state.job import JobState
 from dtr.state.keys import RoundKeys
+from dtr.state.scripts import load
 
 __all__ = ["Barriers", "Missing"]
 
 log = logging.getLogger(__name__)
 
-OPEN_BYTES = len(b"$4\r\nOPEN\r\n")  # the answer "wait": no reason to wake up
+OPEN = 0  # the answer "wait", an integer of one digit: see Exchange.ask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,9 @@ class Barriers:
         self._seq: dict[str, int] = {}
         self._fence = f"{who.state_id} {run.id}"
         self._place = f"{run.rank} {who.incarnation}"
-        self._wake_id = run.wake_id
+        self._wake = state.keys.wake
+        self._packed: dict[tuple[str, str], tuple[bytes, bytes, bytes, bytes]] = {}
+        self._remember(run.wake_id)
 
     def wait(self, name: str, *, timeout_s: float, members: Collection[str] | None = None) -> str:
         """Arrive, and wait for every other expected member.
@@ -80,9 +84,11 @@ class Barriers:
         if seq < 0:
             seq = self._seq[names.name(name, "barrier")] = 0
         subset = "" if members is None else self._subset(members)
-        keys = self._state.keys.barrier(name, self._run.id, seq)
+        began = self._clock.monotonic()
         try:
-            wanted = self._exchange_until_final(name, seq, keys, subset, timeout_s)
+            wanted = self._meet_at_once(name, seq, subset, timeout_s)
+            if wanted is None:
+                wanted = self._exchange_until_final(name, seq, subset, timeout_s, began)
         except BarrierError as exc:
             if isinstance(exc, (BarrierBroken, BarrierTimeout)):
                 self._seq[name] = seq + 1
@@ -91,31 +97,75 @@ class Barriers:
         self._seq[name] = seq + 1
         return wanted
 
-    def _exchange_until_final(self, name: str, seq: int, keys: RoundKeys, subset: str, timeout_s: float) -> str:
-        wake = self._state.keys.wake
+    def _meet_at_once(self, name: str, seq: int, subset: str, timeout_s: float) -> str | None:
+        """The usual round: one write, and one wake-up when the last has arrived. None if it takes longer or something is amiss.
+
+        Nothing here is learned that asking again would not tell: an arrival may be sent twice.
+        """
+        parts = self._packed.get((name, subset))
+        if parts is None:
+            parts = self._packed[name, subset] = self._pack(name, subset)
+        head, base, middle, tail = parts
+        number = b"%d" % seq
+        size = len(base) + len(number)
+        payload = (
+            b"%b$%d\r\n%b%b\r\n$%d\r\n%b%b:arrived\r\n$%d\r\n%b%b:wake\r\n"
+            b"%b$%d\r\n%b\r\n%b$%d\r\n%d\r\n$7\r\nSTREAMS\r\n$%d\r\n%b%b:wake\r\n%b"
+        ) % (
+            head, size, base, number, size + 8, base, number, size + 5, base, number, middle, len(number), number, tail,
+            4 if timeout_s >= 1 else 3, 1000 if timeout_s >= 1 else 100, size + 5, base, number, self._streams,
+        )  # fmt: skip
+        try:
+            answer, news = self._exchange.ask(payload)
+        except (NoScriptError, RosterChanged, CoordinatorUnavailable) as exc:
+            if isinstance(exc, (BarrierBroken, CoordinatorRefused)):
+                raise
+            return None
+        if answer != OPEN:
+            return str(answer[1])
+        for stream, entries in news or ():
+            if stream == self._wake:
+                self._remember(entries[-1][0])
+            elif entries[0][1][1] == "RELEASED":
+                return str(entries[0][1][3])
+        return None
+
+    def _pack(self, name: str, subset: str) -> tuple[bytes, bytes, bytes, bytes]:
+        """What stays the same from round to round: of ``EVALSHA sha 4 roster ROUND.. args SEQ subset`` and ``XREAD BLOCK ms STREAMS``."""
+        head = b"*13\r\n" + _bulk("EVALSHA", load("barrier_arrive").sha, "4", self._state.keys.roster)
+        base = self._state.keys.barrier(name, self._run.id, 0).round[:-1].encode()
+        middle = _bulk(self._fence, self._who.worker_id, self._place, name)
+        tail = _bulk(subset) + b"*8\r\n" + _bulk("XREAD", "BLOCK")
+        return head, base, middle, tail
+
+    def _remember(self, wake_id: str) -> None:
+        """The last entry of the job's news that this member has seen."""
+        self._wake_id = wake_id
+        self._streams = _bulk(self._wake, "0-0", wake_id)
+
+    def _exchange_until_final(self, name: str, seq: int, subset: str, timeout_s: float, began: float) -> str:
+        keys, wake = self._state.keys.barrier(name, self._run.id, seq), self._wake
         script_keys = (self._state.keys.roster, keys.round, keys.arrived, keys.wake)
         args = (self._fence, self._who.worker_id, self._place, name, seq, subset)
-        deadline = self._clock.monotonic() + timeout_s
-        left_ms = timeout_s * 1000
+        deadline = began + timeout_s
+        left_ms = max(1.0, (deadline - self._clock.monotonic()) * 1000)
         failing = False
         while True:
             try:
                 streams = {keys.wake: "0-0", wake: self._wake_id}
                 try:
-                    answer, entries = self._exchange.run_and_wait(
-                        "barrier_arrive", script_keys, args, streams, int(left_ms), quiet_bytes=OPEN_BYTES
-                    )
+                    answer, entries = self._exchange.run_and_wait("barrier_arrive", script_keys, args, streams, int(left_ms))
                 except BarrierBroken:
                     raise
                 except RosterChanged:
                     answer, entries = self._break(keys, subset), []
-                if answer[0] == "RELEASED":
+                if answer != OPEN:
                     return str(answer[1])
                 for stream, entry_id, fields in entries:
                     if stream == keys.wake and fields["state"] == "RELEASED":
                         return fields["wanted"]
                     if stream == wake:
-                        self._wake_id = entry_id
+                        self._remember(entry_id)
                 left_ms = (deadline - self._clock.monotonic()) * 1000
                 if left_ms <= 0:
                     return self._time_out(script_keys, args, keys, subset, timeout_s)
@@ -148,7 +198,7 @@ class Barriers:
             raise
         except RosterChanged:
             look = self._break(keys, subset)
-        if look[0] == "RELEASED":
+        if look != OPEN:
             return str(look[1])
         answer = self._state.call(
             "barrier_timeout",
@@ -215,3 +265,8 @@ class Barriers:
                 )
             )
         return found
+
+
+def _bulk(*words: str) -> bytes:
+    """Words as the wire has them."""
+    return b"".join(b"$%d\r\n%b\r\n" % (len(raw), raw) for raw in (word.encode() for word in words))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +86,9 @@ def remember(binary: Binary, data: Path) -> None:
     """Make the data folder and note in it whose files it holds."""
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
     note = {"engine": binary.engine, "version": list(binary.version)}
-    (data / _WRITTEN_BY).write_text(json.dumps(note) + "\n", encoding="utf-8")
+    fresh = data / f"{_WRITTEN_BY}.{os.getpid()}.{threading.get_ident()}"  # another `dtr up` may be reading, or writing too
+    fresh.write_text(json.dumps(note) + "\n", encoding="utf-8")
+    fresh.replace(data / _WRITTEN_BY)
 
 
 def address(url: str) -> tuple[str, int] | None:

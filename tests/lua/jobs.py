@@ -64,11 +64,11 @@ def barrier_call(state: JobState, who: Identity, run: Run, name: str, seq: int, 
     return [state.keys.roster, r.round, r.arrived, r.wake], [f"{who.state_id} {run.id}", who.worker_id, place, name, seq, subset]
 
 
-def meet(state: JobState, who: Identity, run: Run, name: str = "b", seq: int = 0, subset: str = "") -> list[Any]:
+def meet(state: JobState, who: Identity, run: Run, name: str = "b", seq: int = 0, subset: str = "") -> Any:
     """One arrival at a barrier, as dtr.barrier makes it."""
     keys, args = barrier_call(state, who, run, name, seq, subset)
     try:
-        answer: list[Any] = state.call("barrier_arrive", keys, args)
+        answer = state.call("barrier_arrive", keys, args)
     except RosterChanged:
         keys, args = break_call(state, who, run, name, seq, subset)
         answer = state.call("barrier_break", keys, args)

@@ -15,7 +15,7 @@ from tests.lua.jobs import TTL_MS, arrive, formed, leave, meet, time_out
 def test_the_last_arrival_releases_the_round(job_state: JobState) -> None:
     """Two of two: the first waits, the second releases, and asking again changes nothing."""
     (a, b), run = formed(job_state, "a", "b")
-    assert meet(job_state, a, run) == "OPEN"
+    assert meet(job_state, a, run) == 0
     assert meet(job_state, b, run)[0] == "RELEASED"
     assert meet(job_state, a, run)[0] == "RELEASED"
     r = job_state.keys.barrier("b", run.id, 0)
@@ -26,7 +26,7 @@ def test_the_last_arrival_releases_the_round(job_state: JobState) -> None:
 def test_a_hundred_retries_of_one_arrival_count_once(job_state: JobState) -> None:
     """Given one member that arrives a hundred times, then the round still waits for the other."""
     (a, _b), run = formed(job_state, "a", "b")
-    assert {meet(job_state, a, run) for _ in range(100)} == {"OPEN"}
+    assert {meet(job_state, a, run) for _ in range(100)} == {0}
     assert job_state.redis.hget(job_state.keys.barrier("b", run.id, 0).round, "arrived") == "1"
 
 
@@ -92,7 +92,7 @@ def test_a_member_that_slept_through_an_expired_release_passes(job_state: JobSta
     job_state.redis.delete(r.round, r.arrived, r.wake)
     assert meet(job_state, a, run)[0] == "RELEASED"
     assert job_state.redis.exists(r.round) == 0
-    assert meet(job_state, a, run, seq=1) == "OPEN"
+    assert meet(job_state, a, run, seq=1) == 0
 
 
 def test_a_zombie_cannot_arrive(job_state: JobState) -> None:
@@ -116,7 +116,7 @@ def test_another_incarnation_of_an_open_run_is_stale(job_state: JobState) -> Non
 def test_subsets_meet_by_themselves_and_must_agree(job_state: JobState) -> None:
     """Two of three meet; a member that expects another set is told both sets."""
     (a, b, c), run = formed(job_state, "a", "b", "c")
-    assert meet(job_state, a, run, "pair", subset='["a","c"]') == "OPEN"
+    assert meet(job_state, a, run, "pair", subset='["a","c"]') == 0
     with pytest.raises(BarrierMembersConflict, match="the whole roster"):
         meet(job_state, b, run, "pair")
     assert meet(job_state, c, run, "pair", subset='["a","c"]')[0] == "RELEASED"

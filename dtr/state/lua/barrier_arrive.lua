@@ -12,7 +12,7 @@
 --   4 name        string  of the barrier
 --   5 seq         integer of the round
 --   6 subset      string  JSON array of the expected workers, sorted; empty for the whole roster
--- RETURNS 'OPEN' | {'RELEASED', wanted}: wanted is form when a newcomer waits for the next run
+-- RETURNS 0 while it is open | {'RELEASED', wanted}: wanted is form when a newcomer waits for the next run
 -- ERRORS ROSTER_CHANGED BARRIER_BROKEN BARRIER_TIMEOUT BARRIER_MEMBERS
 -- WRITES roster round arrived round_wake
 -- IDEMPOTENT members are counted as a set, and a final round only repeats its verdict
@@ -53,7 +53,7 @@ if not state then
   redis.call('EXPIRE', round, 86400)
   redis.call('EXPIRE', arrived, 86400)
 end
-if count < expected then return 'OPEN' end
+if count < expected then return 0 end
 
 local wanted = ''
 if subset == '' and tonumber(size) < tonumber(max) and run[3] then wanted = 'form' end

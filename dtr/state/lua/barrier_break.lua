@@ -15,7 +15,7 @@
 --   4 rank        integer of the member
 --   5 incarnation string  of the member
 --   6 subset      string  JSON array of the expected workers, sorted; empty for the whole roster
--- RETURNS {'RELEASED', wanted} | 'ARRIVE': the run is open after all, so arrive again
+-- RETURNS {'RELEASED', wanted} | 0: the run is open after all, so arrive again
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED BARRIER_BROKEN BARRIER_TIMEOUT
 -- WRITES round arrived round_wake events
 -- IDEMPOTENT a final round only repeats its verdict
@@ -30,7 +30,7 @@ local job = redis.call('HMGET', meta, 'state_id', 'phase', 'run', 'ended_run', '
 local lost = state_error(job[1], job[2], state_id)
 if lost then return lost end
 local refused = fence_error(job[3], run, redis.call('HGET', roster, worker), rank, incarnation, meta)
-if not refused then return 'ARRIVE' end
+if not refused then return 0 end
 if not state or job[3] == run then return refused end
 local reason = 'the run ended'
 if job[4] == run then reason = 'rank ' .. job[6] .. ' (' .. job[5] .. ') departed: ' .. job[7] end
