@@ -58,7 +58,7 @@ def test_the_shortest_reply_behind_an_early_first_one_is_not_slept_through(
             pass
 
     asked = served(script)
-    received = exchange.Exchange._next  # noqa: SLF001 - the moment between sending and receiving
+    received = exchange.Exchange._next
 
     def late(self: Exchange) -> object:
         threading.Timer(0.3, go.set).start()
