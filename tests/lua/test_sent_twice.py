@@ -273,6 +273,8 @@ def dump(state: JobState) -> dict[str, Any]:
             found[key] = [fields for _, fields in state.redis.xrange(key)]
         elif kind == "set":
             found[key] = sorted(state.redis.smembers(key))
+        elif kind == "zset":  # by member: deadlines of the same millisecond have no order of their own
+            found[key] = sorted(state.redis.zrange(key, 0, -1, withscores=True))
     return found
 
 
