@@ -151,7 +151,7 @@ def look(state: JobState, saves: Sequence[Save]) -> list[Sight]:
         for save in saves:
             run, step = save.spec.run, save.spec.step
             pipeline.hmget(state.keys.ckpt(run, step), ["state", "reason", "size_bytes"])
-            rank = save.spec.writer if save.spec.replicated else save.fence.rank
+            rank = save.spec.writer if save.spec.replicated == "all" else save.fence.rank
             pipeline.hget(state.keys.parts(run, step), f"{rank}/checksum")
         replies = pipeline.execute()
     return [

@@ -56,7 +56,7 @@ def name_of(run: str, step: int) -> str:
 
 def part_of(manifest: Manifest, rank: int, world_size: int) -> PartFacts | str:
     """The part that this rank of ``world_size`` reads, or why there is none."""
-    if manifest.replicated:
+    if manifest.replicated == "all":
         return manifest.parts[0]
     if manifest.world_size != world_size:
         return (

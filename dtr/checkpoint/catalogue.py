@@ -10,7 +10,7 @@ import numpy as np
 from dtr.checkpoint import checksum
 from dtr.checkpoint.candidates import name_of
 from dtr.checkpoint.lineage import Lineage
-from dtr.checkpoint.manifest import Manifest, PartFacts
+from dtr.checkpoint.manifest import Manifest, PartFacts, Replicated
 from dtr.checkpoint.survey import Holdings, in_parallel, read_manifest
 from dtr.errors import ChecksumMismatch, IntegrityError, NotFound
 from dtr.store import Store
@@ -29,7 +29,7 @@ class Listed:
     step: int
     state: str
     world_size: int = 0
-    replicated: bool = False
+    replicated: Replicated = "none"
     size_bytes: int = 0
     created_at_ms: int = 0
     reason: str = ""

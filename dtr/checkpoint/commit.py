@@ -132,8 +132,12 @@ def _facts(part: PartView) -> PartFacts:
         worker=part.worker,
         incarnation=part.incarnation,
         object=part.object,
-        size_bytes=part.size_bytes,
+        size_bytes=part.object_bytes,
         checksum=part.checksum,
+        piece_bytes=part.piece_bytes,
+        pieces=part.pieces,
+        kind="chunks" if part.kind == "chunks" else "file",
+        state_bytes=part.size_bytes,
     )
 
 
@@ -164,7 +168,7 @@ def _tell(state: JobState, store: Store, store_url: str, found: Manifest) -> str
         found.step,
         decision=decision,
         reason=reason,
-        size_bytes=sum(part.size_bytes for part in found.parts),
+        size_bytes=sum(part.state_bytes for part in found.parts),
     )
     if verdict == "UNKNOWN":  # Redis forgot it, or retention retired it while we slept: what the store says now is indexed
         verdict = index_checkpoint(state, store, store_url, found.run, found.step)

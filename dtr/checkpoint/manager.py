@@ -132,7 +132,9 @@ class CheckpointManager:
         self._check()
         session = self._joined()
         run, who = session.run, session.identity
-        spec = Spec(run=run.id, step=step, world_size=run.world_size, store=self.url, replicated=replicated, writer=WRITER)
+        spec = Spec(
+            run=run.id, step=step, world_size=run.world_size, store=self.url, replicated="all" if replicated else "none", writer=WRITER
+        )
         seat = run.roster[who.worker_id]
         fence = Fence(rank=run.rank, worker=who.worker_id, incarnation=seat.incarnation, host=who.host)
         started_s = session.clock.monotonic()

@@ -16,18 +16,30 @@ from dtr.checkpoint import checksum, records
 from dtr.errors import InvalidInput, ManifestInvalid
 from dtr.store.base import check_key
 
-__all__ = ["Manifest", "PartFacts", "RunRecord"]
+__all__ = ["Manifest", "PartFacts", "Replicated", "RunRecord"]
 
 VERSION: Final = 1
 MAX_RANKS: Final = 1_000_000
 MAX_PART_BYTES: Final = 5 << 40  # the largest object of S3
 
 Decision = Literal["commit", "abort", "tombstone"]
+Replicated = Literal["none", "some", "all"]
+Kind = Literal["file", "chunks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartFacts:
-    """One object of a checkpoint. ``object`` is its key in the job's store, ``checksum`` as ``checkpoint.checksum`` writes it."""
+    """One object of a checkpoint.
+
+    Args:
+        rank, worker, incarnation: who saved it.
+        object: its key in the job's store.
+        size_bytes, checksum: of that object, the checksum as ``checkpoint.checksum`` writes it.
+        piece_bytes: the object as pieces of this size, the last one shorter; 0: nothing is known of pieces.
+        pieces: the CRC64NVME of each piece, 16 hex digits each, one after the other: so a range can be verified alone.
+        kind: ``file``: the object is the part's safetensors file; ``chunks``: it names the chunks that the file is put together from.
+        state_bytes: of the part's safetensors file; for ``file`` that is ``size_bytes``, and may be left out.
+    """
 
     rank: int
     worker: str
@@ -35,6 +47,10 @@ class PartFacts:
     object: str
     size_bytes: int
     checksum: str
+    piece_bytes: int = 0
+    pieces: str = ""
+    kind: Kind = "file"
+    state_bytes: int = 0
 
     def __post_init__(self) -> None:
         records.integer(self.rank, "rank", 0, MAX_RANKS - 1)
@@ -44,6 +60,22 @@ class PartFacts:
         records.integer(self.size_bytes, "size_bytes", 1, MAX_PART_BYTES)
         if not checksum.is_checksum(self.checksum):
             raise InvalidInput(f"checksum must be crc64nvme: and 16 hex digits, got {str(self.checksum)[:60]!r}", field="checksum")
+        self._check_pieces()
+        if self.kind not in ("file", "chunks"):
+            raise InvalidInput(f"kind must be file or chunks, got {str(self.kind)[:60]!r}", field="kind")
+        if self.kind == "file" and self.state_bytes == 0:
+            object.__setattr__(self, "state_bytes", self.size_bytes)
+        records.integer(self.state_bytes, "state_bytes", 1, MAX_PART_BYTES)
+        if self.kind == "file" and self.state_bytes != self.size_bytes:
+            raise InvalidInput(
+                f"state_bytes of a file must be its size_bytes {self.size_bytes}, got {self.state_bytes}", field="state_bytes"
+            )
+
+    def _check_pieces(self) -> None:
+        records.integer(self.piece_bytes, "piece_bytes", 0, MAX_PART_BYTES)
+        expected = -(-self.size_bytes // self.piece_bytes) if self.piece_bytes else 0
+        if type(self.pieces) is not str or len(self.pieces) != 16 * expected or set(self.pieces) - set("0123456789abcdef"):
+            raise InvalidInput(f"pieces must be {expected} checksums of 16 hex digits, got {str(self.pieces)[:60]!r}", field="pieces")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +88,8 @@ class Manifest:
         run: whose.
         step: of training.
         world_size: ranks of the run.
-        replicated: one part for all ranks; otherwise one part for each.
+        replicated: ``all``: one part for all ranks; ``none``: one part for each; ``some``: one part for each, which holds what is the
+            rank's own and its share of what all ranks hold alike.
         parent: (run, step) that this run restored; None: it started anew.
         created_at: milliseconds since the epoch, by the coordinator's clock.
         parts: kept in order of rank.
@@ -69,7 +102,7 @@ class Manifest:
     run: str
     step: int
     world_size: int
-    replicated: bool
+    replicated: Replicated
     parent: tuple[str, int] | None
     created_at: int
     parts: tuple[PartFacts, ...] = ()
@@ -87,8 +120,8 @@ class Manifest:
         names.job_name(self.job)
         _point(self.run, self.step)
         records.integer(self.world_size, "world_size", 1, MAX_RANKS)
-        if type(self.replicated) is not bool:
-            raise InvalidInput(f"replicated must be true or false, got {str(self.replicated)[:60]!r}", field="replicated")
+        if self.replicated not in ("none", "some", "all"):
+            raise InvalidInput(f"replicated must be none, some or all, got {str(self.replicated)[:60]!r}", field="replicated")
         if self.parent is not None:
             _point(*self.parent)
         records.moment_ms(self.created_at, "created_at")
@@ -102,7 +135,7 @@ class Manifest:
             raise InvalidInput("parts must be different objects, two entries name the same", field="parts")
         if len(set(ranks)) != len(ranks) or (ranks and ranks[-1] >= self.world_size):
             raise InvalidInput(f"parts must be of different ranks below {self.world_size}, got {str(ranks)[:80]}", field="parts")
-        expected = 1 if self.replicated else self.world_size
+        expected = 1 if self.replicated == "all" else self.world_size
         if self.decision == "commit" and len(ranks) != expected:
             raise InvalidInput(f"parts of this commit must be {expected}, got {len(ranks)}", field="parts")
 

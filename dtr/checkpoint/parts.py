@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from dtr.checkpoint.manifest import PartFacts, Replicated
 from dtr.errors import InvalidInput, StateCorrupt
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -42,24 +43,24 @@ OPEN_STATES: Final = ("WRITING", "SEALED", "ABORTING")
 FINAL_STATES: Final = ("COMMITTED", "ABANDONED", "ABORTED")
 _PART_FIELDS: Final = (
     "state", "worker", "incarnation", "host", "save", "size_bytes", "object", "checksum", "uploader", "lease_until", "retry_at",
-    "attempts", "failures", "progress_bytes", "error",
+    "attempts", "failures", "progress_bytes", "error", "object_bytes", "piece_bytes", "pieces", "kind",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What all ranks must say alike about one checkpoint. ``writer`` is the rank that writes a replicated state."""
+    """What all ranks must say alike about one checkpoint. ``writer`` is the rank that writes a state of which all is replicated."""
 
     run: str
     step: int
     world_size: int
     store: str
-    replicated: bool = False
+    replicated: Replicated = "none"
     writer: int = 0
 
     def facts(self) -> list[Any]:
         """world_size, replicated, writer, store as the scripts take them."""
-        return [self.world_size, int(self.replicated), self.writer if self.replicated else "", self.store]
+        return [self.world_size, self.replicated, self.writer if self.replicated == "all" else "", self.store]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +112,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartView:
-    """One rank's part as Redis knows it."""
+    """One rank's part as Redis knows it. ``size_bytes`` were staged; ``object_bytes`` has the object, which is less for chunks."""
 
     rank: int
     state: str
@@ -129,6 +130,10 @@ class PartView:
     failures: int
     progress_bytes: int
     error: str
+    object_bytes: int
+    piece_bytes: int
+    pieces: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +146,7 @@ class CheckpointView:
     reason: str
     world_size: int
     expected: int
-    replicated: bool
+    replicated: Replicated
     writer: int
     store: str
     created_at_ms: int
@@ -152,7 +157,7 @@ class CheckpointView:
     @property
     def expected_ranks(self) -> range:
         """The ranks whose parts complete the checkpoint."""
-        return range(self.writer, self.writer + 1) if self.replicated else range(self.world_size)
+        return range(self.writer, self.writer + 1) if self.replicated == "all" else range(self.world_size)
 
 
 # --- trainers -------------------------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ def begin(state: JobState, state_id: str, spec: Spec, who: Fence, part: StagedPa
         CheckpointConflict: others began it with another world size or store, or this rank saved it with another size.
         RosterChanged, StaleIncarnation, StateLost: the fence. Parts of an ended run go through ``register``.
     """
-    if part is not None and spec.replicated and who.rank != spec.writer:
+    if part is not None and spec.replicated == "all" and who.rank != spec.writer:
         raise InvalidInput(f"a replicated state is written by rank {spec.writer}, not by rank {who.rank}", field="rank")
     k = state.keys
     answer = state.call(
@@ -244,7 +249,7 @@ def release(state: JobState, run: str, step: int, rank: int, *, token: str, erro
     return bool(int(answer))
 
 
-def done(state: JobState, run: str, step: int, rank: int, *, nonce: str, object: str, size_bytes: int, checksum: str) -> tuple[str, str]:
+def done(state: JobState, run: str, step: int, facts: PartFacts, *, nonce: str) -> tuple[str, str]:
     """Record a part that is in the store. Returns the checkpoint's state and '', or LOST and why the object is not part of it.
 
     Raises:
@@ -253,8 +258,11 @@ def done(state: JobState, run: str, step: int, rank: int, *, nonce: str, object:
     answer = state.call(
         "part_done",
         [state.keys.meta, *_ckpt(state, run, step), state.keys.events],
-        [run, step, rank, nonce, object, size_bytes, checksum],
-    )
+        [
+            run, step, facts.rank, nonce, facts.object, facts.size_bytes, facts.checksum, facts.piece_bytes, facts.pieces, facts.kind,
+            facts.state_bytes,
+        ],
+    )  # fmt: skip
     return answer[0] or "", answer[1] if len(answer) > 1 else ""
 
 
@@ -312,7 +320,7 @@ def read(state: JobState, run: str, step: int, ranks: Sequence[int] | None = Non
             reason=fields.get("reason", ""),
             world_size=int(fields["world_size"]),
             expected=int(fields["expected"]),
-            replicated=fields["replicated"] == "1",
+            replicated=cast("Replicated", fields["replicated"]),
             writer=int(fields.get("writer") or 0),
             store=fields["store"],
             created_at_ms=int(fields.get("created_at") or 0),
@@ -354,6 +362,10 @@ def _parts(fields: Mapping[str, str]) -> dict[int, PartView]:
             failures=int(held.get("failures") or 0),
             progress_bytes=int(held.get("progress_bytes") or 0),
             error=held.get("error", ""),
+            object_bytes=int(held.get("object_bytes") or 0),
+            piece_bytes=int(held.get("piece_bytes") or 0),
+            pieces=held.get("pieces", ""),
+            kind=held.get("kind", "file"),
         )
         for rank, held in sorted(by_rank.items())
     }

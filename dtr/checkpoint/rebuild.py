@@ -163,15 +163,16 @@ def _index_checkpoint(state: JobState, state_id: str, manifest: Manifest, url: s
     for part in manifest.parts:
         fields = {
             "state": "done", "worker": part.worker, "incarnation": part.incarnation, "object": part.object,
-            "size_bytes": part.size_bytes, "checksum": part.checksum,
+            "size_bytes": part.state_bytes, "checksum": part.checksum, "object_bytes": part.size_bytes,
+            "piece_bytes": part.piece_bytes, "pieces": part.pieces, "kind": part.kind,
         }  # fmt: skip
         facts += [word for name, value in fields.items() for word in (f"{part.rank}/{name}", value)]
     answer = state.call(
         "index_ckpt",
         [keys.meta, keys.lineage, keys.ckpt(run, step), keys.parts(run, step), keys.ckpts, keys.open_ckpts, keys.events],
         [
-            state_id, run, step, manifest.decision, manifest.reason or "", manifest.world_size, int(manifest.replicated), url,
-            manifest.created_at, sum(part.size_bytes for part in manifest.parts), *facts,
+            state_id, run, step, manifest.decision, manifest.reason or "", manifest.world_size, manifest.replicated, url,
+            manifest.created_at, sum(part.state_bytes for part in manifest.parts), *facts,
         ],
     )  # fmt: skip
     return str(answer)

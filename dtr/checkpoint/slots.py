@@ -27,6 +27,7 @@ from typing import Any, Final, Literal
 from dtr import names
 from dtr.checkpoint import records
 from dtr.checkpoint.locks import is_held, try_lock
+from dtr.checkpoint.manifest import Replicated
 from dtr.errors import DtrError, SlotUnavailable
 
 __all__ = [
@@ -76,7 +77,7 @@ class SlotRecord:
     incarnation: str
     host: str
     store: str
-    replicated: bool = False
+    replicated: Replicated = "none"
     size_bytes: int = 0
     save: str = field(default_factory=lambda: secrets.token_hex(8))
     boot_id: str = field(default_factory=boot_id)
@@ -102,6 +103,8 @@ class SlotRecord:
             return None
         if document["state"] not in {"COPYING", "STAGED", "DONE"} or document["size_bytes"] < 0:
             return None
+        if document["replicated"] not in {"none", "some", "all"}:
+            return None
         try:
             names.job_name(document["job"])
             for word in ("run", "worker", "host", "save"):
@@ -120,7 +123,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 _KINDS: Final[dict[str, Any]] = {
     "state": str, "job": str, "run": str, "step": int, "rank": int, "world_size": int, "worker": str, "incarnation": str,
-    "host": str, "store": str, "replicated": bool, "size_bytes": int, "save": str, "boot_id": str, "pid": int,
+    "host": str, "store": str, "replicated": str, "size_bytes": int, "save": str, "boot_id": str, "pid": int,
     "staged_at": (int, float), "outcome": str, "reason": str,
 }  # fmt: skip
 

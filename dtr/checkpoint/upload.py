@@ -22,6 +22,7 @@ from typing import Final, Self
 
 from dtr.checkpoint import checksum, parts, retention
 from dtr.checkpoint.commit import discard, object_key, settle
+from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.parts import Claim, Fence, Spec, StagedPart
 from dtr.checkpoint.rebuild import rebuild, rebuild_missing
 from dtr.checkpoint.slots import Found, Reading, SlotRecord, finish, open_for_reading, scan_job
@@ -285,18 +286,17 @@ class Uploader:
     def _record(self, state: JobState, reading: Reading, key: str, digest: str, claim: Claim) -> tuple[str, str]:
         """Record the part, waiting for a Redis that is away: its bytes are in the store, and sending them again costs more."""
         record, deadline, pause_s = reading.record, time.monotonic() + _RECORD_FOR_S, 0.1
+        facts = PartFacts(
+            rank=record.rank,
+            worker=record.worker,
+            incarnation=record.incarnation,
+            object=key,
+            size_bytes=record.size_bytes,
+            checksum=digest,
+        )
         while True:
             try:
-                return parts.done(
-                    state,
-                    record.run,
-                    record.step,
-                    record.rank,
-                    nonce=claim.nonce,
-                    object=key,
-                    size_bytes=record.size_bytes,
-                    checksum=digest,
-                )
+                return parts.done(state, record.run, record.step, facts, nonce=claim.nonce)
             except CheckpointConflict as exc:
                 return "LOST", str(exc)
             except StateLost as exc:

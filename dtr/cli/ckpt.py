@@ -158,7 +158,7 @@ def _human_one(screen: Screen, found: OneView) -> None:
     latest = ", the latest commit" if one.latest else ""
     screen.fact("checkpoint", f"{name_of(one.run, one.step)} of job {found.job}{latest}")
     screen.fact("is", one.state.lower() + (f": {one.reason}" if one.reason else ""), _STYLES.get(one.state, "yellow"))
-    kind = "replicated, fits any world size" if one.replicated else f"sharded, world size {one.world_size}"
+    kind = "replicated, fits any world size" if one.replicated == "all" else f"sharded, world size {one.world_size}"
     amount = "" if one.size_bytes is None else f", {size(one.size_bytes)}"
     screen.fact("holds", f"{one.done} of {count_of(one.expected, 'part')}{amount}; {kind}")
     if one.at_ms is not None:

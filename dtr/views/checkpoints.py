@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from dtr.checkpoint.lineage import split_name
+from dtr.checkpoint.manifest import Replicated
 from dtr.errors import StateCorrupt
 from dtr.state.job import JobState
 from dtr.views.reading import Fields, reading, whole
@@ -52,7 +53,7 @@ class CheckpointView:
     on_lineage: bool
     size_bytes: int | None
     world_size: int
-    replicated: bool
+    replicated: Replicated
     done: int
     expected: int
     store: str
@@ -163,7 +164,7 @@ def _describe(
         on_lineage=on_lineage,
         size_bytes=fields.number("size_bytes"),
         world_size=fields.integer("world_size"),
-        replicated=fields.text("replicated") == "1",
+        replicated=cast("Replicated", fields.text("replicated")),
         # A checkpoint that was rebuilt from the store has no count of its own: its decision says that nothing is missing.
         done=fields.integer("done", expected if word in {COMMITTED, "ABANDONED"} else 0),
         expected=expected,
@@ -189,7 +190,7 @@ def parts_of(ckpt: Fields, parts: Fields, roster: Mapping[str, str], *, now_ms: 
     world_size = ckpt.integer("world_size")
     if not 0 <= world_size <= _LARGEST_WORLD:
         raise StateCorrupt(f"{ckpt.key}: field world_size must be from 0 to {_LARGEST_WORLD}, got {world_size}")
-    expected = {ckpt.integer("writer")} if ckpt.text("replicated") == "1" else set(range(world_size))
+    expected = {ckpt.integer("writer")} if ckpt.text("replicated") == "all" else set(range(world_size))
     known = {int(name.partition("/")[0]) for name, _ in parts.items() if name.partition("/")[0].isdigit()}
     seats = {place.partition(" ")[0]: (name.removeprefix("member:"), place) for name, place in roster.items() if name.startswith("member:")}
     return tuple(_part(rank, parts, seats.get(str(rank)), now_ms) for rank in sorted(expected | known))

@@ -15,7 +15,7 @@ from dtr import names
 from dtr.checkpoint.candidates import name_of
 from dtr.checkpoint.catalogue import Listed, catalogue, verify_parts
 from dtr.checkpoint.lineage import Lineage
-from dtr.checkpoint.manifest import Manifest
+from dtr.checkpoint.manifest import Manifest, Replicated
 from dtr.checkpoint.survey import Holdings, known_runs, lineage_of, read_manifest, survey
 from dtr.errors import CoordinatorUnavailable, IntegrityError, InvalidInput, NoCheckpoint, NotFound
 from dtr.state.job import JobState
@@ -85,7 +85,7 @@ class CheckpointRow:
     latest: bool
     size_bytes: int | None
     world_size: int
-    replicated: bool
+    replicated: Replicated
     done: int
     expected: int
     at_ms: int | None
@@ -282,7 +282,7 @@ def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None, url: str) -> C
 
 
 def _listed_row(listed: Listed, latest: str, index: IndexView | None) -> CheckpointRow:
-    expected = 1 if listed.replicated else listed.world_size
+    expected = 1 if listed.replicated == "all" else listed.world_size
     lost = index is not None and listed.state in {"COMMITTED", "ABANDONED"}
     return CheckpointRow(
         run=listed.run,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dtr.checkpoint import parts
+from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.parts import Fence, Placed, Spec, StagedPart
 from dtr.membership import Identity
 from dtr.runs import Run
@@ -53,9 +54,13 @@ def claim(state: JobState, run: Run, rank: int, token: str, *, host: str = "host
 
 
 def done(
-    state: JobState, run: Run, rank: int, nonce: str, *, step: int = 10, checksum: str = "crc:1", size_bytes: int = SIZE
+    state: JobState, run: Run, rank: int, nonce: str, *, step: int = 10, checksum: str = "1", size_bytes: int = SIZE
 ) -> tuple[str, str]:
-    return parts.done(state, run.id, step, rank, nonce=nonce, object=f"object-{rank}-{nonce}", size_bytes=size_bytes, checksum=checksum)
+    facts = PartFacts(
+        rank=rank, worker="w", incarnation="0" * 12, object=f"object-{rank}-{nonce}", size_bytes=size_bytes,
+        checksum=f"crc64nvme:{checksum:>016}",
+    )  # fmt: skip
+    return parts.done(state, run.id, step, facts, nonce=nonce)
 
 
 def decide(state: JobState, run: Run | str, step: int = 10, decision: str = "commit", reason: str = "") -> str:

@@ -62,14 +62,14 @@ class TestBegin:
         """A rank that saves into another store, or another kind of state, is told so."""
         who, run = based(job_state, "a", "b")
         begin(job_state, who[0], run)
-        other: dict[str, Any] = {"world_size": 3, "store": "s3://other", "replicated": True}
+        other: dict[str, Any] = {"world_size": 3, "store": "s3://other", "replicated": "all"}
         with pytest.raises(CheckpointConflict, match=field):
             begin(job_state, who[1], run, **{field: other[field], "writer": 1})
 
     def test_a_replicated_state_expects_one_part(self, job_state: JobState) -> None:
         """Other ranks join without a part; one that brings one is refused."""
         who, run = based(job_state, "a", "b")
-        spec_ = spec(run, replicated=True, writer=1)
+        spec_ = spec(run, replicated="all", writer=1)
         assert parts.begin(job_state, who[0].state_id, spec_, seat(who[0], run), None).save == ""
         with pytest.raises(InvalidInput, match="written by rank 1"):
             parts.begin(job_state, who[0].state_id, spec_, seat(who[0], run), part())
@@ -312,7 +312,7 @@ class TestDone:
             done(job_state, run, 0, "nt0", size_bytes=999)
         done(job_state, run, 0, "nt0")
         before = snapshot(job_state)
-        with pytest.raises(CheckpointConflict, match="crc:1"):
-            done(job_state, run, 0, "nt0", checksum="crc:2")
+        with pytest.raises(CheckpointConflict, match="0000001"):
+            done(job_state, run, 0, "nt0", checksum="2")
         assert done(job_state, run, 0, "elder") == ("LOST", "another upload of this part was first")
         assert snapshot(job_state) == before

@@ -121,7 +121,7 @@ def test_members_that_are_not_well_are_warned_of():
     assert warned(worker(1, late_ms=400)) == ""
 
 
-CKPT = {"state": "WRITING", "world_size": "3", "expected": "3", "done": "1", "replicated": "0", "created_at": str(NOW_MS - 4000)}
+CKPT = {"state": "WRITING", "world_size": "3", "expected": "3", "done": "1", "replicated": "none", "created_at": str(NOW_MS - 4000)}
 PARTS = {
     "0/state": "done", "0/size_bytes": "10", "0/host": "h1",
     "1/state": "staged", "1/host": "h2", "1/size_bytes": "10", "1/error": "StoreUnavailable: 503", "1/attempts": "0", "1/failures": "3",
@@ -134,7 +134,7 @@ def checkpoint(run: str = "0001-a", **changes: str) -> CheckpointView:
     parts = parts_of(fields, Fields("parts", PARTS), ROSTER, now_ms=NOW_MS)
     return CheckpointView(
         run=run, step=4, state=fields.text("state"), reason=fields.text("reason"), latest=False, on_lineage=True, size_bytes=None,
-        world_size=3, replicated=False, done=1, expected=3, store="", created_at_ms=None, decided_at_ms=None, age_s=4.0,
+        world_size=3, replicated="none", done=1, expected=3, store="", created_at_ms=None, decided_at_ms=None, age_s=4.0,
         decided_ago_s=None, parts=parts,
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_every_expected_part_is_listed_even_if_nobody_staged_it():
 
 def test_of_a_replicated_checkpoint_one_part_is_expected():
     """The writer's."""
-    fields = Fields("ckpt", {**CKPT, "replicated": "1", "writer": "1"})
+    fields = Fields("ckpt", {**CKPT, "replicated": "all", "writer": "1"})
     assert [part.rank for part in parts_of(fields, Fields("parts", {}), {}, now_ms=NOW_MS)] == [1]
 
 

@@ -12,7 +12,7 @@ from dtr.checkpoint.announce import Save, Sight
 from dtr.checkpoint.candidates import part_of
 from dtr.checkpoint.handle import Commit, SaveHandle
 from dtr.checkpoint.lineage import Lineage, Link, Segment, chain, from_index, head_of, split_name
-from dtr.checkpoint.manifest import Manifest, PartFacts
+from dtr.checkpoint.manifest import Manifest, PartFacts, Replicated
 from dtr.checkpoint.parts import Fence, Spec
 from dtr.checkpoint.publisher import error_of
 from dtr.checkpoint.retention import plan
@@ -120,12 +120,12 @@ def test_names_are_split_at_the_last_slash() -> None:
 # --- which part a rank reads ------------------------------------------------------------------------------------------
 
 
-def manifest(world_size: int = 2, *, replicated: bool = False) -> Manifest:
+def manifest(world_size: int = 2, *, replicated: Replicated = "none") -> Manifest:
     parts = tuple(
         PartFacts(
             rank=rank, worker=f"w{rank}", incarnation="0" * 12, object=f"runs/r/{rank}", size_bytes=8, checksum=f"crc64nvme:{rank:016x}"
         )
-        for rank in range(1 if replicated else world_size)
+        for rank in range(1 if replicated == "all" else world_size)
     )
     return Manifest(
         decision="commit", job="j", run="0001-a", step=5, world_size=world_size, replicated=replicated, parent=None, created_at=1,
@@ -144,7 +144,7 @@ def test_a_sharded_part_needs_its_world_size() -> None:
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (6, 7)])
 def test_any_world_size_reads_a_replicated_part(rank: int, world_size: int) -> None:
     """There is one part, and it is everybody's."""
-    assert part_of(manifest(4, replicated=True), rank, world_size) == manifest(4, replicated=True).parts[0]
+    assert part_of(manifest(4, replicated="all"), rank, world_size) == manifest(4, replicated="all").parts[0]
 
 
 # --- how a save ends --------------------------------------------------------------------------------------------------

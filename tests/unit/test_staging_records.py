@@ -29,7 +29,7 @@ def slot(tmp_path: Path) -> Found:
 
 def test_a_record_comes_back_as_it_was() -> None:
     """Every field survives, and so does the whole through bytes."""
-    full = replace(record(2**53 - 1), replicated=True, outcome="aborted", reason="no ‘room’\n", size_bytes=2**40)
+    full = replace(record(2**53 - 1), replicated="all", outcome="aborted", reason="no ‘room’\n", size_bytes=2**40)
     assert SlotRecord.parse(full.encode()) == full
 
 

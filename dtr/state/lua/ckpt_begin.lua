@@ -18,7 +18,7 @@
 --   6 incarnation string  of the member
 --   7 host        string  host id
 --   8 world_size  integer of the run
---   9 replicated  integer 1: one part holds all
+--   9 replicated  string  none | some | all: of all, one part holds everything
 --  10 writer      string  rank that writes a replicated state, else empty
 --  11 store       string  URL without secrets
 --  12 size_bytes  integer of the part

@@ -14,7 +14,7 @@
 --   4 decision    string  commit or abort
 --   5 reason      string  of an abort
 --   6 world_size  integer of the run
---   7 replicated  integer 1: one part holds all
+--   7 replicated  string  none | some | all: of all, one part holds everything
 --   8 store       string  URL without secrets
 --   9 created_at  integer ms
 --  10 size_bytes  integer of all parts
@@ -39,10 +39,10 @@ if decision == 'commit' then
   verdict = on and 'COMMITTED' or 'ABANDONED'
   if not on then reason = 'the job went on from an earlier step' end
 end
-local expected = replicated == '1' and 1 or world_size
+local expected = replicated == 'all' and 1 or world_size
 local done = decision == 'commit' and expected or 0
 redis.call('HSET', ckpt, 'state', verdict, 'reason', reason, 'world_size', world_size, 'expected', expected, 'done', done,
-  'replicated', replicated, 'writer', replicated == '1' and '0' or '', 'store', store, 'created_at', created_at, 'size_bytes', size_bytes,
+  'replicated', replicated, 'writer', replicated == 'all' and '0' or '', 'store', store, 'created_at', created_at, 'size_bytes', size_bytes,
   'decided_at', integer(now_ms()))
 for i = 11, #ARGV - 1, 2 do redis.call('HSET', parts, ARGV[i], ARGV[i + 1]) end
 redis.call('ZADD', ckpts, step, run .. '/' .. step)

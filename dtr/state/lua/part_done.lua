@@ -11,15 +11,20 @@
 --   3 rank       integer of the part
 --   4 nonce      string  of the claim
 --   5 object     string  key in the store
---   6 size_bytes integer of the object
+--   6 object_bytes integer of the object
 --   7 checksum   string  of the object
+--   8 piece_bytes integer of each of its pieces, 0 if they are not known
+--   9 pieces     string  their checksums
+--  10 kind       string  file | chunks
+--  11 state_bytes integer that were staged
 -- RETURNS {state}: of the checkpoint, with this object among its parts; {'LOST', why}: another object is, or the claim does not stand
 -- ERRORS STATE_LOST RECOVERING CKPT_CONFLICT
 -- WRITES ckpt parts events
 -- IDEMPOTENT by comparison: the same facts again change nothing
 -- INCLUDE now integer state event
 local meta, ckpt, parts, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local run, step, rank, nonce, object, size_bytes, checksum = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local run, step, rank, nonce, object, object_bytes, checksum = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local piece_bytes, pieces, kind, state_bytes = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
 
 local known = redis.call('HMGET', meta, 'state_id', 'phase')
 local lost = state_error(known[1], known[2], known[1])
@@ -27,7 +32,7 @@ if lost then return lost end
 local held = redis.call('HMGET', ckpt, 'state', 'reason', 'done', 'expected')
 local part = redis.call('HMGET', parts, rank .. '/state', rank .. '/nonce', rank .. '/object', rank .. '/checksum', rank .. '/size_bytes')
 if part[1] == 'done' then
-  if part[3] == object and part[4] == checksum and part[5] == size_bytes then return {held[1]} end
+  if part[3] == object and part[4] == checksum then return {held[1]} end
   if part[4] ~= checksum then
     return redis.error_reply('CKPT_CONFLICT rank ' .. rank .. ' has checksum ' .. part[4] .. ' in this checkpoint, this upload has ' .. checksum)
   end
@@ -35,12 +40,14 @@ if part[1] == 'done' then
 end
 if held[1] ~= 'WRITING' then return {'LOST', 'the checkpoint is ' .. (held[1] or 'unknown') .. ': ' .. (held[2] or '')} end
 if part[2] ~= nonce then return {'LOST', 'another uploader has claimed this part since'} end
-if part[5] ~= size_bytes then
-  return redis.error_reply('CKPT_CONFLICT rank ' .. rank .. ' staged ' .. part[5] .. ' bytes, this upload has ' .. size_bytes)
+if part[5] ~= state_bytes then
+  return redis.error_reply('CKPT_CONFLICT rank ' .. rank .. ' staged ' .. part[5] .. ' bytes, this upload has ' .. state_bytes)
 end
 
 redis.call('HSET', parts, rank .. '/state', 'done', rank .. '/object', object, rank .. '/checksum', checksum, rank .. '/uploader', '',
-  rank .. '/lease_until', 0, rank .. '/progress_bytes', size_bytes, rank .. '/error', '')
+  rank .. '/lease_until', 0, rank .. '/progress_bytes', state_bytes, rank .. '/error', '',
+  rank .. '/piece_bytes', piece_bytes, rank .. '/pieces', pieces, rank .. '/kind', kind,
+  rank .. '/object_bytes', object_bytes)
 local done = tonumber(held[3]) + 1
 if done < tonumber(held[4]) then
   redis.call('HSET', ckpt, 'done', done)

@@ -17,7 +17,7 @@
 --   5 incarnation string  of the member that staged it
 --   6 host        string  host id
 --   7 world_size  integer of the run
---   8 replicated  integer 1: one part holds all
+--   8 replicated  string  none | some | all: of all, one part holds everything
 --   9 writer      string  rank that writes a replicated state, else empty
 --  10 store       string  URL without secrets
 --  11 size_bytes  integer of the part
