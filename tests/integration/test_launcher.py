@@ -122,7 +122,9 @@ def test_dtr_run_is_the_launcher(valkey: RedisServer, job: str, tmp_path: Path) 
     (tmp_path / "queue.py").write_text("raise RuntimeError('the wrong queue')")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "DTR_STAGING": str(tmp_path / "staging")}
     script = "import sys; sys.path.remove(''); from dtr.cli import main; sys.exit(main())"
-    options = ["run", "-n", "2", "--no-uploader", "--url", valkey.url, "--job", job, "--", "sh", "-c", "echo $DTR_JOB $RANK; exit $RANK"]
+    # Rank 1 fails, which ends rank 0: not before that has spoken.
+    command = "[ $RANK = 0 ] || until [ -e spoken ]; do sleep 0.1; done; echo $DTR_JOB $RANK; touch spoken; exit $RANK"
+    options = ["run", "-n", "2", "--no-uploader", "--url", valkey.url, "--job", job, "--", "sh", "-c", command]
     found = subprocess.run([sys.executable, "-c", script, *options], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert sorted(found.stdout.splitlines()) == [f"[0] {job} 0", f"[1] {job} 1"]
     assert found.returncode == 1
