@@ -48,6 +48,7 @@ bench: venv ## The figures, one JSON object each: placement, barrier, beat (need
 	@$(BIN)/python -m bench.placement --json
 	@$(BIN)/python -m bench.barrier --json
 	@$(BIN)/python -m bench.stall --json
+	@$(BIN)/python -m bench.data --json
 	@$(BIN)/python -m bench.beat --json
 
 clean: ## Remove .venv and what tools leave behind

@@ -1,4 +1,4 @@
-"""How long a save holds the trainer up, beside a copy of memory and beside what people use today.
+"""How long a save holds the trainer up, beside a copy of memory and beside what people use today; and what the upload costs its loop.
 
 The stall is the whole call of ``CheckpointManager.save_async``, as a trainer makes it, with a real uploader that empties the slots.
 The limit is one copy per array into memory that was touched before, by as many threads as dtr uses. Both alternate; the first save,
@@ -9,84 +9,77 @@ trainer computes for longer than that.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import server
+from bench import server, stall_loop, stall_peers, uploaders
 from bench.report import Report, parser
+from dtr.checkpoint.filling import COPY_THREADS
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.staging import COPY_THREADS
 
 __all__ = ["main"]
 
 MIB = 1 << 20
 State = dict[str, Any]
+Numbers = dict[str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
-    flags = parser("stall", "How long a save holds the trainer up, beside a copy of memory and beside peers.")
+    flags = parser("stall", "How long a save holds the trainer up, and what the upload costs its loop, beside memcpy and peers.")
     flags.add_argument("--mib", type=int, default=1024, help="size of the state (default 1024)")
     flags.add_argument("--pairs", type=int, default=5, help="alternating pairs (default 5)")
     flags.add_argument("--tiny", type=int, default=20_000, help="arrays of 1 KiB in the last case (default 20,000)")
+    flags.add_argument("--window-s", type=float, default=1.0, help="how long a loop runs without an upload (default 1.0)")
     flags.add_argument("--no-peers", action="store_true", help="only dtr and memcpy")
+    flags.add_argument("--no-caps", action="store_true", help="do not look for the bandwidth caps that keep the heavier loops fast")
     options = flags.parse_args(argv)
-    size = options.mib * MIB
+    figures: Numbers = {}
+    ratios: Numbers = {}
+    limit: Numbers = {}
+    large = _arrays(64, options.mib * MIB // 64, np.float32, options.seed)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dtr-bench-")))
         url = stack.enter_context(server.running())
-        stack.enter_context(uploader(url, folder))
-        large = _arrays(64, size // 64, np.float32, options.seed)
-        cases = {
-            "": large,
-            "_small": _arrays(max(1, size // (MIB // 2)), MIB // 2, np.float32, options.seed),
-            "_bf16": _bfloat16(64, size // 64, options.seed),
-        }
-        ratios, figures, limit = {}, {}, {}
-        for suffix, state in cases.items():
-            stalls, copies = _pairs(url, folder / f"case{suffix}", state, options.pairs)
-            ratios[f"stall_over_memcpy{suffix}"] = statistics.median(s / c for s, c in zip(stalls, copies, strict=True))
-            figures[f"stall_ms{suffix}"] = statistics.median(stalls) * 1000
-            limit[f"memcpy_ms{suffix}"] = statistics.median(copies) * 1000
-        tiny = _arrays(options.tiny, 1024, np.float32, options.seed)
-        stalls, copies = _pairs(url, folder / "tiny", tiny, options.pairs)
-        figures["us_per_tiny_array"] = statistics.median(stalls) * 1e6 / options.tiny
-        limit["memcpy_us_per_tiny_array"] = statistics.median(copies) * 1e6 / options.tiny
-        peer = {} if options.no_peers else _peers(large, folder)
+        with uploaders.worker(url, folder):
+            _stalls(url, folder, large, options, figures, ratios, limit)
+            for suffix, loop in stall_loop.LOOPS.items():
+                ratios[f"loop_slowdown{suffix}"] = stall_loop.slowdown(
+                    url, folder / f"loop{suffix}", large, loop, options.pairs, options.window_s
+                )
+        peer = {} if options.no_peers else stall_peers.stalls_ms(large, folder)
+        if not options.no_caps:
+            for suffix in ("_two_threads", "_memory"):
+                found = stall_loop.under(url, folder, stall_loop.LOOPS[suffix], min(options.pairs, 3), options.window_s, seed=options.seed)
+                figures[f"cap_mbps{suffix}"], figures[f"slowdown_at_cap{suffix}"] = found
     params = {"mib": options.mib, "pairs": options.pairs, "tiny": options.tiny, "threads": COPY_THREADS, "seed": options.seed}
     Report(name="stall", params=params, figures=figures, limit=limit, peer=peer, ratios=ratios).emit(as_json=options.json)
     return 0
 
 
-@contextlib.contextmanager
-def uploader(url: str, folder: Path) -> Iterator[None]:
-    """A real uploader of the staging folder ``folder/staging``, as `dtr up` starts it."""
-    staging = folder / "staging" if not os.path.isdir("/dev/shm") else Path(tempfile.mkdtemp(prefix="dtr-bench-", dir="/dev/shm"))
-    settings = {"DTR_REDIS_URL": url, "DTR_STAGING": str(staging), "DTR_KEEP_LAST": "1", "DTR_READER_GRACE_S": "0"}
-    before = dict(os.environ)
-    os.environ.update(settings)
-    log = folder / "uploader.log"
-    with log.open("wb") as out:
-        child = subprocess.Popen([sys.executable, "-m", "celery", "-A", "tasks", "worker"], stdout=out, stderr=out)
-    try:
-        yield
-    finally:
-        child.terminate()
-        child.wait(timeout=60)
-        os.environ.clear()
-        os.environ.update(before)
-        shutil.rmtree(staging, ignore_errors=True)
+def _stalls(url: str, folder: Path, large: State, options: Any, figures: Numbers, ratios: Numbers, limit: Numbers) -> None:
+    size = options.mib * MIB
+    cases = {
+        "": large,
+        "_small": _arrays(max(1, size // (MIB // 2)), MIB // 2, np.float32, options.seed),
+        "_bf16": _bfloat16(64, size // 64, options.seed),
+    }
+    for suffix, state in cases.items():
+        stalls, copies = _pairs(url, folder / f"case{suffix}", state, options.pairs)
+        ratios[f"stall_over_memcpy{suffix}"] = statistics.median(s / c for s, c in zip(stalls, copies, strict=True))
+        figures[f"stall_ms{suffix}"] = statistics.median(stalls) * 1000
+        limit[f"memcpy_ms{suffix}"] = statistics.median(copies) * 1000
+    stalls, copies = _pairs(url, folder / "tiny", _arrays(options.tiny, 1024, np.float32, options.seed), options.pairs)
+    figures["us_per_tiny_array"] = statistics.median(stalls) * 1e6 / options.tiny
+    limit["memcpy_us_per_tiny_array"] = statistics.median(copies) * 1e6 / options.tiny
 
 
 def _arrays(count: int, size_bytes: int, dtype: Any, seed: int) -> State:
@@ -110,14 +103,14 @@ def _pairs(url: str, folder: Path, state: State, pairs: int) -> tuple[list[float
     targets = [np.ones(len(array), np.uint8) for array in sources]
     stalls, copies = [], []
     with CheckpointManager(str(folder), coordinator_url=url, job=f"stall-{folder.name}") as manager:
-        for step in range(pairs + 2):  # the first two make and warm the slots
+        for step in range(pairs + 1):  # the first one makes the slots
             begin = time.perf_counter()
             handle = manager.save_async(state, step=step)
             stall = time.perf_counter() - begin
             handle.durable.result(timeout=600)
             time.sleep(0.5)  # slots become free when the uploader has seen the commit
             copy = _memcpy(sources, targets)
-            if step >= 2:
+            if step:
                 stalls.append(stall)
                 copies.append(copy)
     return stalls, copies
@@ -145,46 +138,6 @@ def _memcpy(sources: Sequence[Any], targets: Sequence[Any]) -> float:
         begin = time.perf_counter()
         list(pool.map(copy, shares))
         return time.perf_counter() - begin
-
-
-def _peers(state: State, folder: Path) -> dict[str, float]:
-    """Milliseconds that today's ways hold the trainer up for the same state; those that are installed."""
-    found = {}
-    for name, save in _ways(state, folder):
-        save()
-        taken = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            wait = save()
-            taken.append(time.perf_counter() - begin)
-            if wait is not None:
-                wait()
-        found[f"{name}_ms"] = statistics.median(taken) * 1000
-    return found
-
-
-def _ways(state: State, folder: Path) -> Iterator[tuple[str, Callable[[], Callable[[], Any] | None]]]:
-    with contextlib.suppress(ImportError):
-        from safetensors.numpy import save_file
-
-        yield "safetensors_save_file", lambda: save_file(state, str(folder / "peer.safetensors"))
-    try:
-        import torch
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-    except ImportError:
-        return
-    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-    yield "torch_save", lambda: torch.save(tensors, folder / "peer.pt")
-    yield "dcp_async_save", lambda: _started(dcp.async_save(tensors, checkpoint_id=str(folder / "dcp")))
-    options = StagingOptions(use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False)
-    stager = DefaultStager(options)
-    yield "dcp_async_save_shm", lambda: _started(dcp.async_save(tensors, checkpoint_id=str(folder / "dcps"), async_stager=stager))
-
-
-def _started(response: Any) -> Callable[[], Any]:
-    wait: Callable[[], Any] = getattr(response, "upload_completion", response).result
-    return wait
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from dtr.errors import DtrError, NotJoined, Recovering, StaleIncarnation, StateLost, Unavailable
-from dtr.membership import Identity, beat
+from dtr.membership import Identity, beat, stall
 from dtr.progress import Progress
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -42,6 +42,7 @@ class Beater:
         self._failures = 0
         self._shown: dict[str, str | int] = {}
         self._seen = (0, "")
+        self._stalled = ""
 
     def beat(self, progress: Progress | None, *, late_ms: int, phase: str | None = None) -> tuple[str, str] | None:
         """Beat once. Returns news, ("stale" | "state_lost" | "run", detail), or None; an outage is logged at its beginning and its end."""
@@ -68,6 +69,8 @@ class Beater:
         if self._failures:
             log.warning("beats of %s get through again after %d failures", self.who.worker_id, self._failures)
             self._failures = 0
+        if progress is not None and progress.stalled != self._stalled:
+            self._tell_stall(progress)
         if (answer.generation, answer.run) != self._seen:  # a run may form and end between two beats: its end counts up the generation
             self._seen = answer.generation, answer.run
             return "run", answer.run
@@ -78,13 +81,22 @@ class Beater:
         idle_s = 0 if progress is None else int(time.monotonic() - progress.at)
         fields: dict[str, str | int] = {} if progress is None or math.isnan(progress.loss) else {"loss": f"{progress.loss:.4g}"}
         return fields | {
-            "phase": phase or (progress.phase if progress else "alive"),
+            "phase": phase or _phase(progress),
             "idle_s": idle_s if idle_s > self._interval_ms / 500 else 0,
             "late_ms": late_ms if late_ms > self._interval_ms / 10 else 0,
             "host": self.who.host,
             "pid": self.who.pid,
             "address": self.who.address,
         }
+
+    def _tell_stall(self, progress: Progress) -> None:
+        """Put it among the events; what does not get through is tried again with the next beat, which says what else is the matter."""
+        try:
+            stall(self.state, self.who, step=progress.step, reason=progress.stalled)
+        except DtrError as exc:
+            log.info("that %s is stalled or goes on is not on record yet: %s", self.who.worker_id, exc)
+        else:
+            self._stalled = progress.stalled
 
     def _last_number(self) -> int:
         with translate(self.state.url):
@@ -96,6 +108,12 @@ class Beater:
         if self._failures:
             return random.uniform(0.2, 1.0) * min(BACKOFF_CAP_S, self._ttl_ms / 3000, interval * 2.0 ** min(self._failures - 1, 6))
         return interval * random.uniform(0.9, 1.0)
+
+
+def _phase(progress: Progress | None) -> str:
+    if progress is None:
+        return "alive"
+    return "stalled" if progress.stalled else progress.phase
 
 
 class BeatThread:

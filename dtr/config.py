@@ -11,18 +11,20 @@ import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from dtr import names
 from dtr.errors import ConfigError, InvalidInput
 
-__all__ = ["DEFAULT_REDIS_URL", "LauncherEnvironment", "Settings", "default_staging"]
+__all__ = ["DEFAULT_REDIS_URL", "LauncherEnvironment", "Origin", "Settings", "default_home", "default_staging"]
 
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
 # Variables of the launcher and of tests; they are not settings, so they are no typing errors either.
 _NOT_SETTINGS: Final = {"CONFIG", "LAUNCHER", "WORKER_ID", "WORLD_MIN", "RESTARTS", "FAILPOINT", "TESTING", "HOME"}
+
+_TEXTS: Final[dict[str, Callable[[Any], Any]]] = {"job": names.job_name, "keep_best": names.best_rules}  # what a text must be
 
 
 def default_staging() -> str:
@@ -31,8 +33,24 @@ def default_staging() -> str:
     return f"{base}/dtr-{os.getuid()}"
 
 
-def _setting(default: Any, what: str, low: float | None = None, high: float | None = None) -> Any:
-    return field(default=default, metadata={"what": what, "low": low, "high": high})
+def default_home(environ: Mapping[str, str] | None = None) -> Path:
+    """The folder of the local stack: ``DTR_HOME``, else ``~/.dtr``; raises ConfigError if the variable is empty."""
+    given = (os.environ if environ is None else environ).get("DTR_HOME")
+    if given == "":
+        raise ConfigError("DTR_HOME is empty: unset it, or give a folder", setting="home")
+    return Path(given).expanduser().absolute() if given else Path.home() / ".dtr"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a setting comes from: ``kind`` is argument, environment, file or default; ``place`` is the variable or the file, else ''."""
+
+    kind: str
+    place: str
+
+
+def _setting(default: Any, what: str, low: float | None = None, high: float | None = None, *, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"what": what, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +60,9 @@ class Settings:
     redis_url: str = _setting(DEFAULT_REDIS_URL, "the coordinator, redis://[user:password@]host:port/db or rediss:// or unix://")
     broker_url: str | None = _setting(None, "Celery's broker; default: redis_url")
     job: str = _setting("default", "'name' or 'tenant/name'")
-    store: str | None = _setting(None, "where checkpoints go: a folder, file:///folder or s3://bucket/prefix")
+    store: str | None = _setting(
+        None, "where checkpoints go: a folder, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix?account=NAME"
+    )
     staging: str = _setting("", "folder for staging slots; default: in /dev/shm, per user")
     ttl_s: float = _setting(5.0, "a member that has not beaten for this long is taken for dead", 0.3, 86_400)
     beat_interval_s: float = _setting(1.0, "seconds between beats; ttl_s must hold at least 3", 0.1, 3_600)
@@ -50,18 +70,34 @@ class Settings:
     form_timeout_s: float = _setting(600.0, "how long forming a run waits for members", 0.01, 604_800)
     settle_s: float = _setting(3.0, "an elastic run forms when nobody new came for this long", 0.0, 3_600)
     slots: int = _setting(2, "staging slots per trainer", 2, 64)
-    slot_policy: str = _setting("wait", "no free slot: wait, skip or fail")
+    slot_policy: str = _setting("wait", "no free slot: wait for one, skip the save, or fail it", choices=("wait", "skip", "fail"))
     slot_wait_s: float = _setting(600.0, "how long policy 'wait' waits for a free slot", 0.0, 604_800)
     staging_budget_bytes: int | None = _setting(None, "upper bound of all slots in the staging folder; default: what is free", 1)
+    on_failed_save: str = _setting(
+        "warn", "after a failed save the next one raises (fatal), warns, or raises only once no commit is newer than rpo_s (rpo)",
+        choices=("fatal", "warn", "rpo"),
+    )  # fmt: skip
+    rpo_s: float = _setting(3600.0, "on_failed_save=rpo: so many seconds of training may be at stake", 1.0, 31_536_000)
     leave_timeout_s: float = _setting(60.0, "how long an agent that leaves waits for its saves to become durable", 0.0, 86_400)
     lease_s: float = _setting(10.0, "an upload's claim on a part; renewed at a third of it", 1.0, 3_600)
     max_attempts: int = _setting(5, "attempts at one part without progress before the checkpoint is aborted", 1, 1_000)
     scan_interval_s: float = _setting(2.0, "seconds between two scans of the reconciler", 0.1, 3_600)
-    keep_last: int = _setting(5, "commits that retention keeps on the lineage; 0 keeps all", 0)
+    keep_last: int = _setting(5, "newest commits that retention keeps on the lineage; 0: no such rule, and without any rule all stay", 0)
+    keep_every: int = _setting(0, "retention keeps the first commit of each so many steps; 0: no such rule", 0, names.MAX_STEP)
+    keep_best: str | None = _setting(None, "retention keeps the best by metric: NAME:min|max:COUNT, several separated by commas")
+    keep_for_s: float = _setting(0.0, "retention keeps commits that are younger than this; 0: no such rule", 0.0, 3_155_760_000)
+    collect_interval_s: float = _setting(300.0, "seconds between two collections of a job beside those after commits", 1.0, 86_400)
     reader_grace_s: float = _setting(600.0, "how long objects outlive their manifest, for readers under way", 0.0, 2_592_000)
-    upload_mbps: float | None = _setting(None, "bandwidth cap of one upload in MB/s", 0.001)
+    restore_attempts: int = _setting(5, "a checkpoint tried so often, and never restored, is passed over for an older one; 0: never", 0)
+    cache: str | None = _setting(None, "folder of this host for parts that were restored from the store; default: none are kept")
+    cache_budget_bytes: int | None = _setting(None, "what they may take; default: a quarter of the file system", 1)
+    delta: str = _setting("off", "auto: of a save only the chunks that the last commit lacks go into the store", choices=("off", "auto"))
+    upload_mbps: float | None = _setting(None, "bandwidth cap of all uploads of a host together in MB/s", 0.001)
+    upload_nice: int = _setting(19, "how far uploads give way to others at the processor; from 1 on at the disk as well", 0, 19)
     upload_processes: int | None = _setting(None, "parts that an uploader carries at once; default: one per core, 2 to 4", 1, 64)
     shutdown_grace_s: float = _setting(8.0, "a stopping uploader has ended after this; container runtimes kill after 10", 1.0, 86_400)
+    data_cache: str = _setting("", "folder for local copies of data files that are compressed or in a store; default: ~/.cache/dtr/data")
+    data_cache_bytes: int = _setting(50 << 30, "what those copies may take; those not used for longest go first", 1)
     flower_port: int = _setting(5555, "port of Flower on 127.0.0.1", 1, 65_535)
 
     @classmethod
@@ -83,7 +119,9 @@ class Settings:
         values.update({k: cls._checked(k, v, "argument") for k, v in given.items() if v is not None})
         loaded = cls(**values)
         if not loaded.staging:
-            loaded = cls(**{**values, "staging": default_staging()})
+            loaded = replace(loaded, staging=default_staging())
+        if not loaded.data_cache:
+            loaded = replace(loaded, data_cache=str(Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtr" / "data"))
         if loaded.ttl_s < 3 * loaded.beat_interval_s:
             raise ConfigError(
                 f"ttl_s must hold at least 3 beats: ttl_s is {loaded.ttl_s:g} and beat_interval_s is {loaded.beat_interval_s:g}; "
@@ -91,6 +129,22 @@ class Settings:
                 setting="ttl_s",
             )
         return loaded
+
+    @classmethod
+    def origins(cls, *, environ: Mapping[str, str] | None = None, **given: Any) -> dict[str, Origin]:
+        """Where :meth:`load` takes each setting from, given the same; raises ConfigError as it does."""
+        env = os.environ if environ is None else environ
+        file = env.get("DTR_CONFIG")
+        table, variables = cls._from_file(file), cls._from_environment(env)
+
+        def origin(name: str) -> Origin:
+            if given.get(name) is not None:
+                return Origin(kind="argument", place="")
+            if name in variables:
+                return Origin(kind="environment", place=f"DTR_{name.upper()}")
+            return Origin(kind="file", place=file or "dtr.toml") if name in table else Origin(kind="default", place="")
+
+        return {spec.name: origin(spec.name) for spec in fields(cls)}
 
     @property
     def broker(self) -> str:
@@ -146,15 +200,16 @@ class Settings:
             parsed is None
             or (low is not None and not parsed >= low)
             or (high is not None and not parsed <= high)
-            or (name == "slot_policy" and parsed not in {"wait", "skip", "fail"})
+            or (spec.metadata["choices"] and parsed not in spec.metadata["choices"])
         ):
             shown = "***" if "://" in str(value) else repr(value)
-            raise ConfigError(f"{source}: {name} must be {_expected(kind, low, high)} ({spec.metadata['what']}), got {shown}", setting=name)
-        if name == "job":
+            expected = _expected(kind, low, high, spec.metadata["choices"])
+            raise ConfigError(f"{source}: {name} must be {expected} ({spec.metadata['what']}), got {shown}", setting=name)
+        if name in _TEXTS:
             try:
-                names.job_name(parsed)
+                _TEXTS[name](parsed)
             except InvalidInput as exc:
-                raise ConfigError(f"{source}: {exc}", setting="job") from None
+                raise ConfigError(f"{source}: {exc}", setting=name) from None
         return parsed
 
 
@@ -173,7 +228,9 @@ def _parse(kind: str, value: Any) -> Any:
         return None
 
 
-def _expected(kind: str, low: float | None, high: float | None) -> str:
+def _expected(kind: str, low: float | None, high: float | None, choices: tuple[str, ...]) -> str:
+    if choices:
+        return f"{', '.join(choices[:-1])} or {choices[-1]}"
     if kind == "str":
         return "text"
     word = "a number" if kind == "float" else "an integer"

@@ -60,6 +60,18 @@ class DatasetMismatch(InvalidInput):
     """The files do not match what was declared or registered."""
 
 
+class DataConflict(DtrError):
+    """Two ranks disagree about what was consumed of a data set; the message says in what."""
+
+
+class LedgerUnset(DtrError):
+    """The run's ledger of a data set is not set yet, so nothing of it can be leased; it is set from what the run restored."""
+
+
+class ShardUnreadable(DtrError):
+    """A shard could not be read and no other may take its place; the message names the file and the error."""
+
+
 # --- what cannot be reached -----------------------------------------------------------------------------------------
 
 
@@ -186,6 +198,10 @@ class StagingFull(CheckpointError, OSError):
     """The staging folder has no room for this save; the message has the numbers."""
 
 
+class FolderFull(Unavailable, OSError):
+    """A folder has no room for what was to be written there; the message has the numbers."""
+
+
 class NoFreeSlot(CheckpointError):
     """Every staging slot is still waiting for its upload."""
 
@@ -210,6 +226,10 @@ class CheckpointConflict(CheckpointError):
     """This step was already saved in this run with other bytes."""
 
 
+class SaveFailed(CheckpointError):
+    """An earlier save came to nothing; the message says which and why. Raised by the next one, as the setting on_failed_save says."""
+
+
 class NoCheckpoint(CheckpointError):
     """No checkpoint was found; pass fresh=True to start anew on purpose."""
 
@@ -220,6 +240,14 @@ class RestoreFailed(CheckpointError):
 
 class WorldSizeMismatch(CheckpointError):
     """A sharded checkpoint needs the world size it was saved with; the message says what would fit."""
+
+
+class CheckpointProtected(CheckpointError, InvalidInput):
+    """A checkpoint that must stay (the newest, a pinned one, one that a run continues) was to be removed; the message says why."""
+
+
+class StateMismatch(CheckpointError, InvalidInput):
+    """The state given to restore(into=...) is not built like the checkpoint; the message names the first path that differs."""
 
 
 class UnsavedLineage(CheckpointError):
@@ -242,5 +270,7 @@ BY_CODE: dict[str, type[DtrError]] = {
     "CKPT_STATE": CheckpointError,
     "PART_UNKNOWN": CheckpointError,
     "RUN_UNKNOWN": RunUnknown,
+    "LEDGER_UNSET": LedgerUnset,
+    "LEDGER_CONFLICT": DataConflict,
     "INVALID": InvalidInput,
 }

@@ -32,6 +32,7 @@ __all__ = [
     "new_incarnation",
     "open_state",
     "reap",
+    "stall",
     "why_departed",
 ]
 
@@ -203,6 +204,21 @@ def beat(
     if lapsed:
         reap(state, who.state_id)
     return BeatAnswer(generation=int(generation), run=run or "", revived=how == "revived")
+
+
+def stall(state: JobState, who: Identity, *, step: int, reason: str) -> bool:
+    """Put on record that a member does not move any more, or with an empty ``reason`` that it moves again; whether that was news.
+
+    Raises:
+        StaleIncarnation, StateLost, CoordinatorUnavailable.
+    """
+    keys = state.keys
+    answer = state.call(
+        "member_stall",
+        [keys.meta, keys.fences, keys.worker(who.worker_id), keys.events],
+        [who.state_id, who.worker_id, who.incarnation, "" if step < 0 else step, reason],
+    )
+    return bool(int(answer))
 
 
 def reap(state: JobState, state_id: str) -> int:

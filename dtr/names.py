@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from dtr.errors import InvalidInput
 
+_BEST: Final = re.compile(r"([^\s:,]{1,64}):(min|max):([1-9][0-9]{0,5})")
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62})?", re.ASCII)
 MAX_STEP: Final = 2**53 - 1  # an integer that a double, and so Redis, holds exactly
 
-__all__ = ["MAX_STEP", "job_name", "name", "positive", "rank", "step"]
+__all__ = ["MAX_STEP", "best_rules", "job_name", "name", "positive", "rank", "step"]
 
 
 def _shown(value: Any) -> str:
@@ -59,3 +60,19 @@ def positive(value: Any, field: str, high: int = MAX_STEP) -> int:
 def rank(value: Any, world_size: int, field: str = "rank") -> int:
     """A rank: an integer from 0 to world_size - 1."""
     return _integer(value, field, 0, world_size - 1, f"an integer from 0 to world_size - 1 = {world_size - 1}")
+
+
+def best_rules(value: Any, field: str = "keep_best") -> tuple[tuple[str, str, int], ...]:
+    """``METRIC:min|max:COUNT``, several separated by commas, as (metric, min or max, count); '' and None: none.
+
+    A bare ``METRIC:min`` would leave open how many, so it is refused.
+    """
+    if value is None or value == "":
+        return ()
+    found = [_BEST.fullmatch(word.strip()) for word in value.split(",")] if isinstance(value, str) else [None]
+    if any(word is None for word in found):
+        raise InvalidInput(
+            f"{field} must be METRIC:min:COUNT or METRIC:max:COUNT, several separated by commas, such as loss:min:3, got {_shown(value)}",
+            field=field,
+        )
+    return tuple((word[1], word[2], int(word[3])) for word in found if word is not None)

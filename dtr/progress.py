@@ -25,12 +25,16 @@ PAGE_BYTES: Final = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """The newest report: ``step`` is -1 before the first; ``at`` is CLOCK_MONOTONIC seconds of this host; ``loss`` is NaN if unknown."""
+    """The newest report: ``step`` is -1 before the first; ``at`` is CLOCK_MONOTONIC seconds of this host; ``loss`` is NaN if unknown.
+
+    ``stalled`` is why its launcher takes it for one that does not move any more, else empty.
+    """
 
     step: int
     phase: str
     at: float
     loss: float = math.nan
+    stalled: str = ""
 
 
 class ProgressPage:

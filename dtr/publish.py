@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import ssl
+import threading
 from collections.abc import Iterator
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -19,10 +20,11 @@ from dtr.errors import CoordinatorUnavailable
 from dtr.state.client import check_url, mask
 from dtr.state.keys import upload_queue
 
-__all__ = ["SETTLE", "UPLOAD_PART", "broker_settings", "settle", "upload_part", "waiting"]
+__all__ = ["COLLECT", "SETTLE", "UPLOAD_PART", "broker_settings", "collect", "settle", "upload_part", "waiting"]
 
 UPLOAD_PART: Final = "dtr.upload_part"
 SETTLE: Final = "dtr.settle"
+COLLECT: Final = "dtr.collect"
 
 # The same in every process: the shortest one that any process names would redeliver everybody's messages. A message that waits longer
 # than this without an answer is delivered again, to find its part claimed or done.
@@ -80,6 +82,11 @@ def settle(broker_url: str, *, host: str, job: str, run: str, step: int) -> None
     _send(broker_url, SETTLE, host, {"job": job, "run": run, "step": step})
 
 
+def collect(broker_url: str, *, host: str, job: str) -> None:
+    """Wake an uploader of ``host`` to let go of what no rule of retention keeps; raises CoordinatorUnavailable."""
+    _send(broker_url, COLLECT, host, {"job": job})
+
+
 def waiting(broker_url: str, host: str) -> int:
     """How many messages lie in the queue of ``host``; raises CoordinatorUnavailable."""
     app = _app(broker_url, os.getpid())
@@ -104,10 +111,14 @@ def _send(broker_url: str, task: str, host: str, arguments: dict[str, Any]) -> N
         )
 
 
+_loading = threading.Lock()  # celery's module replaces itself while it loads: a second thread would find half of it
+
+
 @functools.lru_cache(maxsize=8)
 def _app(broker_url: str, pid: int) -> Any:
     """A sender for one broker; keyed by process as well, because a forked child must not use its parent's connections."""
-    from celery import Celery
+    with _loading:
+        from celery import Celery
 
     app = Celery("dtr-publish", set_as_current=False, changes={}, fixups=[])
     app.conf.update(broker_settings(broker_url))

@@ -84,6 +84,7 @@ class Session:
         self._last_run = ""
         self._barriers: Barriers | None = None
         self._ended: RosterChanged | StaleIncarnation | None = None
+        self.attached: dict[str, Any] = {}  # what stands on this membership and ends with it, such as the data plane
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -261,10 +262,13 @@ class Session:
             )  # fmt: skip
             raise self._ended
 
-    def guarded(self, call: Callable[[], Any]) -> Any:
-        """Do ``call`` under this run: what it learns about the run's end is kept and raised in full."""
+    def guarded(self, call: Callable[[], Any], under: Run | None = None) -> Any:
+        """Do ``call`` under this run: what it learns about the run's end is kept and raised in full.
+
+        ``under``: the run that the call is about, for a thread that may come late: the end of that one does not end the next.
+        """
         self.check()
-        known = self.identity
+        known, about = self.identity, under or self._run
         try:
             return call()
         except StateLost as exc:
@@ -279,15 +283,31 @@ class Session:
             self._ended = why_ended(self.state, self.run.id) or exc
             raise
         except RosterChanged as exc:
-            self._ended = why_ended(self.state, self.run.id) or exc
-            raise self._ended from None
+            if self._run is not about:
+                raise
+            ended = why_ended(self.state, self.run.id) or exc
+            with self._lock:
+                if self._run is about:
+                    self._ended = ended
+            raise ended from None
 
-    def numbered(self, channel: str, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def numbered(
+        self, channel: str, script: str, keys: Sequence[str], args: Sequence[Any], *, on_answer: Callable[[Any], None] | None = None
+    ) -> Any:
         """Run a script whose writes are not idempotent by nature: its last argument is the number of this write in ``channel``.
 
-        One whose outcome is unknown is sent again, with its number, before the next of its channel.
+        One whose outcome is unknown is sent again, with its number, before the next of its channel; ``on_answer`` is told its answer
+        then, for whoever must not lose what was granted to it.
         """
-        return self._writes.send(channel, lambda number: self.guarded(lambda: self.state.call(script, keys, [*args, number])))
+        run = self._run
+
+        def write(number: int) -> Any:
+            answer = self.guarded(lambda: self.state.call(script, keys, [*args, number]), run)
+            if on_answer is not None:
+                on_answer(answer)
+            return answer
+
+        return self._writes.send(channel, write)
 
 
 class _Writes:
@@ -302,7 +322,12 @@ class _Writes:
         """Send ``write`` under the next number, after what is still open in this channel."""
         with self._lock:
             if channel in self._open:
-                self._settle(channel, self._open[channel])
+                try:
+                    self._settle(channel, self._open[channel])
+                except Unavailable:
+                    raise
+                except DtrError as exc:  # its own caller has gone, and the next write is told for itself what stands against it
+                    log.info("an earlier write of channel %s was refused: %s", channel, exc)
             self._open[channel] = write
             return self._settle(channel, write)
 

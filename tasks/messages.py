@@ -9,18 +9,16 @@ from typing import Any, Self
 from dtr import names
 from dtr.errors import InvalidInput
 
-__all__ = ["Settle", "UploadPart"]
+__all__ = ["Collect", "Settle", "UploadPart"]
 
 _HIGHEST_RANK = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settle:
-    """Decide one checkpoint."""
+class Collect:
+    """Let go of what no rule of retention keeps."""
 
     job: str
-    run: str
-    step: int
 
     @classmethod
     def parse(cls, args: Sequence[Any], given: Mapping[str, Any]) -> Self:
@@ -34,6 +32,14 @@ class Settle:
             raise InvalidInput(f"a message has the fields {', '.join(known)}, and lacks {', '.join(missing)}")
         checked: dict[str, Any] = {name: _CHECKS[name](given[name]) for name in known}
         return cls(**checked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle(Collect):
+    """Decide one checkpoint."""
+
+    run: str
+    step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

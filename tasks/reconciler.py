@@ -80,7 +80,9 @@ class ReconcilerThread(threading.Thread):
         super().__init__(name="dtr-reconciler", daemon=True)
         self._given, self._host = given, host
         # Made here, in the main thread: what this thread imports could be half imported in a pool process that forks meanwhile.
-        self._reconciler = Reconciler(redis_url=given.redis_url, staging=given.staging, host=host)
+        self._reconciler = Reconciler(
+            redis_url=given.redis_url, staging=given.staging, host=host, collect_interval_s=given.collect_interval_s
+        )
         self._presence = Presence(given, host)
         self._over = threading.Event()
         self._trouble, self._last = "", Look()
@@ -105,6 +107,8 @@ class ReconcilerThread(threading.Thread):
             self._last = reconciler.look()
             presence.show(self._last, _running())
             self._wake(self._last.wakes)
+            for job in self._last.collects:
+                publish.collect(self._given.broker, host=self._host, job=job)
         except (Unavailable, RedisError) as exc:
             self._say(f"{type(exc).__name__}: {exc}")
         except Exception:  # the loop outlives whatever one look meets

@@ -1,4 +1,4 @@
-"""The two tasks. Thin: a message is parsed, the work is in ``dtr.checkpoint.upload``, and the answer is a word for Flower."""
+"""The three tasks. Thin: a message is parsed, the work is in ``dtr.checkpoint.upload``, and the answer is a word for Flower."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 from dtr.checkpoint.upload import Limits, Uploader
 from dtr.errors import DtrError, InvalidInput, Unavailable
 from dtr.host import host_id
-from dtr.publish import SETTLE, UPLOAD_PART
+from dtr.publish import COLLECT, SETTLE, UPLOAD_PART
 from tasks import shutdown
 from tasks.application import app
 from tasks.config import settings
-from tasks.messages import Settle, UploadPart
+from tasks.messages import Collect, Settle, UploadPart
 
-__all__ = ["settle", "upload_part"]
+__all__ = ["collect", "settle", "upload_part"]
 
 log = logging.getLogger(__name__)
 
-Message = TypeVar("Message", bound=Settle)
+Message = TypeVar("Message", bound=Collect)
 
 
 @app.task(name=UPLOAD_PART, typing=False)  # type: ignore[untyped-decorator]
@@ -56,6 +56,23 @@ def settle(*args: Any, **given: Any) -> str:
     return word or "UNKNOWN"
 
 
+@app.task(name=COLLECT, typing=False)  # type: ignore[untyped-decorator]
+def collect(*args: Any, **given: Any) -> str:
+    """Let go of what no rule of a job's retention keeps, if no other host has just done so."""
+    message = _parsed(Collect, args, given)
+    if message is None:
+        return "REJECTED"
+    if shutdown.is_over():
+        return "STOPPING"
+    try:
+        word = _uploader(os.getpid()).collect(message.job)
+    except DtrError as exc:
+        log.warning("job %s: retention goes on later: %s: %s", message.job, type(exc).__name__, exc)
+        return "LATER"
+    log.info("job %s: %s", message.job, word)
+    return word
+
+
 def _parsed(kind: type[Message], args: Sequence[Any], given: Mapping[str, Any]) -> Message | None:
     """The message; None, with a line in the log, if it is none: it is neither retried nor an error of ours."""
     try:
@@ -80,6 +97,8 @@ def _uploader(pid: int) -> Uploader:
         redis_url=given.redis_url,
         staging=given.staging,
         host=host_id(given.staging),
-        limits=Limits(lease_s=given.lease_s, max_attempts=given.max_attempts, mbps=given.upload_mbps),
+        limits=Limits(
+            lease_s=given.lease_s, max_attempts=given.max_attempts, mbps=given.upload_mbps, collect_interval_s=given.collect_interval_s
+        ),
         stopping=shutdown.is_over,
     )

@@ -21,6 +21,7 @@ from dtr.state.client import connect, translate
 from dtr.state.keys import upload_queue
 from tasks import shutdown, transport
 from tasks.config import CannotStart, drain_s, settings
+from tasks.priority import give_way
 
 __all__ = ["UploadWorker"]
 
@@ -58,8 +59,9 @@ def _say_what_is_done(loglevel: int = logging.WARNING, **_: Any) -> None:
 
 
 @signals.worker_process_init.connect  # type: ignore[untyped-decorator]
-def _end_with_the_worker(**_: Any) -> None:
-    """A pool process whose worker was killed would wait for ever: the kernel kills it as well."""
+def _pool_process(**_: Any) -> None:
+    """It gives way to trainers. One whose worker was killed would wait for ever: the kernel kills it as well."""
+    give_way(settings().upload_nice)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if shutdown.is_orphan():  # killed before the kernel was asked
         os._exit(1)

@@ -5,10 +5,10 @@
         faulty.plan("drop_reply", method="POST", path="uploadId")
         store = open_store(server.url("x", endpoint=faulty.endpoint))
 
-What each does: ``500`` ``503`` ``429`` ``403`` ``expired`` ``region`` answer so without asking the server; ``no_conditions`` and
-``no_checksums`` answer 501 to requests with such a header; ``ignore_conditions`` overwrites in spite of If-None-Match;
-``drop_reply`` and ``reset`` close the connection after and before the effect; ``hang`` never answers; ``truncate`` and ``flip``
-damage the answer's body, ``damage`` the request's.
+What each does: ``500`` ``503`` ``429`` ``403`` ``expired`` ``region`` ``no_bucket`` answer so without asking the server;
+``no_conditions`` and ``no_checksums`` answer 501 to requests with such a header; ``ignore_conditions`` overwrites in spite of
+If-None-Match; ``drop_reply`` and ``reset`` close the connection after and before the effect; ``hang`` never answers; ``truncate`` and
+``flip`` damage the answer's body, ``damage`` the request's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _ERRORS = {
     "403": (403, "AccessDenied"),
     "expired": (400, "ExpiredToken"),
     "region": (301, "PermanentRedirect"),
+    "no_bucket": (404, "NoSuchBucket"),
     "no_conditions": (501, "NotImplemented"),
     "no_checksums": (501, "NotImplemented"),
 }

@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from dtr import names
 from dtr.config import LauncherEnvironment, Settings
@@ -23,7 +23,10 @@ from dtr.session import Session
 if TYPE_CHECKING:
     from dtr.checkpoint.handle import SaveHandle
     from dtr.checkpoint.manager import CheckpointManager
+    from dtr.checkpoint.progress import SaveProgress
     from dtr.checkpoint.restore import Restored
+    from dtr.datasets.loader import Loader
+    from dtr.datasets.plane import DataPlane
     from dtr.datasets.registry import DatasetRegistry
 
 __all__ = ["Agent"]
@@ -120,6 +123,8 @@ class Agent:
         """
         if self._checkpoints is not None:
             self._checkpoints.end_run()
+        if (plane := self._plane) is not None:
+            plane.end_run()
         self._session.form(timeout_s)
         self._step = -1
         return self
@@ -134,6 +139,8 @@ class Agent:
             self._see_saves_through()
             self._checkpoints.close()
             self._checkpoints = None
+        if (plane := self._plane) is not None:
+            plane.close()
         self._session.close()
 
     def _see_saves_through(self) -> None:
@@ -213,7 +220,7 @@ class Agent:
         """Report that an optimizer step is done; costs microseconds and never waits for Redis.
 
         Args:
-            batch: what the step consumed.
+            batch: what the step consumed, as the loader gave it: a batch, or a list of them. From now on a save has it as consumed.
             step: its number; default: one more than the last.
             loss: shown to people with the member.
 
@@ -221,11 +228,14 @@ class Agent:
 
         Raises:
             StaleIncarnation, RosterChanged: this process may not go on, as a beat learned.
+            InvalidInput: the batch was reported before, or is none of this run's.
         """
         self._session.check()
         number = self._step + 1 if step is None else names.step(step)
         if number <= self._step:
             raise InvalidInput(f"step must grow: got {number} after {self._step}", field="step")
+        if batch is not None and (plane := self._plane) is not None:
+            plane.consumed(batch, number)
         self._step = number
         self._session.page.write(number, "training", math.nan if loss is None else float(loss))
         return number
@@ -261,32 +271,100 @@ class Agent:
             self._datasets = DatasetRegistry(self.settings.redis_url, job=self.settings.job)
         return self._datasets
 
-    def save_async(self, state: Any, step: int | None = None, *, replicated: bool = False) -> SaveHandle:
+    @property
+    def _plane(self) -> DataPlane | None:
+        """What this process loads; None if it has not asked for anything."""
+        found = self._session.attached.get("data")
+        return cast("DataPlane | None", found)
+
+    def loader(
+        self,
+        name: str,
+        *,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        epochs: int | None = 1,
+        columns: Sequence[str] | None = None,
+        seed: int | None = None,
+        prefetch: int = 2,
+        mode: str = "dynamic",
+        tail: str = "empty",
+        window: int | None = None,
+    ) -> Loader:
+        """This rank's batches of a registered data set, from where the restored lineage stands; all ranks call it alike.
+
+        ``batch["x"]`` is an array, ``len(batch)`` its samples, ``batch.epoch`` and ``batch.ranges`` say which. Pass each batch to
+        :meth:`step` once it is trained on: that, and the save after it, is what makes its samples consumed. See
+        :class:`dtr.datasets.loader.Loader` for what is guaranteed.
+
+        Args:
+            name: as registered.
+            batch_size: samples of each rank's batch, in dynamic mode.
+            global_batch_size: samples of all ranks' batches together, in deterministic mode.
+            epochs: until so many epochs of the lineage are over; None: without end.
+            columns: to read; all if None.
+            seed: of the epochs' order, if the data set was registered with ``shuffle=True``; default: the data set's.
+            prefetch: batches that are read ahead.
+            mode: ``dynamic``: ranks lease shards as they need them; ``deterministic``: the sequence of global batches is a function of
+                seed, epoch and global batch size alone.
+            tail: when an epoch runs out: ``empty`` or shorter batches, ``pad`` with samples given before, ``drop`` the last global batch
+                (deterministic mode).
+            window: of deterministic mode: so many samples are shuffled among each other; 0: all of the epoch's.
+
+        Raises:
+            DatasetNotFound, InvalidInput: there is no such data set; an argument is wrong.
+            DataConflict: the restored data state is of another sequence.
+            LedgerUnset: the run follows another, and :meth:`restore` was not called.
+            RosterChanged: the run ended.
+        """
+        from dtr.datasets.plane import plane_of
+
+        return plane_of(self._session).loader(
+            self.datasets, name, batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns, seed=seed,
+            prefetch=prefetch, mode=mode, tail=tail, window=window,
+        )  # fmt: skip
+
+    def save_async(
+        self,
+        state: Any,
+        step: int | None = None,
+        *,
+        replicated: bool | str | Sequence[str] = False,
+        metrics: Mapping[str, Any] | None = None,
+        on_progress: Callable[[SaveProgress], object] | None = None,
+    ) -> SaveHandle:
         """Copy ``state`` into a staging slot and return; the uploader makes it durable. See :meth:`CheckpointManager.save_async`.
 
         Args:
             state: bytes, or nested dicts, lists and tuples of arrays, numbers, strings, booleans and None.
             step: default: the last reported one.
-            replicated: every rank holds the same state, so one rank writes it and any world size can restore it.
+            replicated: True: every rank holds the same state, so one rank writes it and any world size can restore it; or path patterns
+                of what is alike on all ranks, ``"optimizer/*"``: each rank writes a share of it.
+            metrics: numbers about this step, ``{"loss": 1.2}``, kept with the checkpoint: for people, and for ``keep_best``.
+            on_progress: called from a background thread with how far the save is: bytes of each rank, MB/s, seconds left.
         """
         if step is None and self._step < 0:
             raise InvalidInput("there is no step to save yet: call step() first, or pass step=", field="step")
-        handle = self.checkpoints.save_async(state, step=self._step if step is None else step, replicated=replicated)
+        step = self._step if step is None else step
+        handle = self.checkpoints.save_async(state, step, replicated=replicated, metrics=metrics, on_progress=on_progress)
         self._saves = [*(older for older in self._saves if not older.durable.done()), handle]
         return handle
 
-    def restore(self, *, fresh: bool = False) -> Restored | None:
+    def restore(self, *, fresh: bool = False, into: Any = None, only: str | Sequence[str] | None = None) -> Restored | None:
         """Restore the newest checkpoint that every rank can read; collective: every rank of the run calls it before its first save.
 
         Args:
             fresh: go on with None when the lineage has no checkpoint at all; otherwise that is an error.
+            into: a state to be filled in place; see :meth:`dtr.checkpoint.manager.CheckpointManager.restore`.
+            only: path patterns like ``"model/*"``; see there.
 
         Raises:
             NoCheckpoint: there is none, and ``fresh`` was not given.
             RestoreFailed: there are some, and none can be restored; the message has each one's reason.
+            StateMismatch: ``into`` is built differently; nothing was changed.
             RosterChanged: a member departed meanwhile; call :meth:`form`.
         """
-        found = self.checkpoints.restore(fresh=fresh)
+        found = self.checkpoints.restore(fresh=fresh, into=into, only=only)
         self._step = -1 if found is None else found.step
         return found
 

@@ -19,7 +19,17 @@ from typing import Any, Final
 
 from dtr.checkpoint.candidates import Candidate, Offer
 from dtr.checkpoint.lineage import Checkpoint, split_name
-from dtr.errors import CheckpointError, CoordinatorRefused, CoordinatorUnavailable, DtrError, NoCheckpoint, RestoreFailed, WorldSizeMismatch
+from dtr.errors import (
+    CheckpointError,
+    CoordinatorRefused,
+    CoordinatorUnavailable,
+    DtrError,
+    IntegrityError,
+    InvalidInput,
+    NoCheckpoint,
+    RestoreFailed,
+    WorldSizeMismatch,
+)
 from dtr.failpoints import failpoint
 from dtr.session import Session
 from dtr.state.client import translate
@@ -57,7 +67,7 @@ class Agreement:
         attempt: the number of this restore within the run, the same on every rank.
         offer: what this rank could read.
         fresh: this rank goes on without a checkpoint if there is none at all.
-        read: reads and verifies a candidate of the offer; raises DtrError if it cannot be restored.
+        read: reads and verifies a candidate of the offer; raises DtrError if it cannot be restored, InvalidInput if none can be.
         fix_base: what rank 0 does when all agreed; None: nothing to continue.
         patience_s: the others may go on this long without news before this rank gives up.
     """
@@ -79,7 +89,8 @@ class Agreement:
         self._read, self._fix_base, self._patience_s = read, fix_base, patience_s
         self._wake_id = self._run.wake_id
         self._choice = ""  # what this rank votes about
-        self._no = ""
+        self._no, self._damaged = "", False
+        self._refusal: DtrError | None = None  # what this process gave cannot be restored into, whatever the checkpoint
         self._state: Any = None
 
     def reach(self) -> tuple[Candidate, Any] | None:
@@ -88,6 +99,7 @@ class Agreement:
         Raises:
             NoCheckpoint, RestoreFailed, WorldSizeMismatch: the verdict, the same on every rank; ``final`` in its facts says that the
                 next restore of this run is another attempt.
+            InvalidInput: what this rank gave does not fit; the other ranks get RestoreFailed with the reason.
             RosterChanged: a member departed.
             BaseIsSet: the run continues something already.
         """
@@ -115,11 +127,12 @@ class Agreement:
     def _say_offer(self) -> Any:
         names = " ".join(candidate.name for candidate in self._offer.candidates)
         rejected = [text[:300] for pair in self._offer.rejected for text in pair]
-        return self._call("restore_offer", [int(self._fresh), names, *rejected])
+        limit = self._session.settings.restore_attempts
+        return self._call("restore_offer", [self._session.state.keys.events], [int(self._fresh), names, limit, *rejected])
 
     def _say_vote(self) -> Any:
         try:
-            return self._call("restore_vote", [self._choice, self._no[:300]])
+            return self._call("restore_vote", [], [self._choice, self._no[:300], int(self._damaged)])
         except CheckpointError as exc:
             if exc.facts.get("code") != "CKPT_STATE":
                 raise
@@ -129,23 +142,24 @@ class Agreement:
     def _say_again(self) -> Any:
         return self._say_vote() if self._choice else self._say_offer()
 
-    def _call(self, script: str, args: list[Any]) -> Any:
+    def _call(self, script: str, more_keys: list[str], args: list[Any]) -> Any:
         keys, run = self._session.state.keys, self._run.id
         return self._session.state.call(
-            script, [keys.meta, keys.roster, keys.run(run), keys.restore(run), keys.wake], [*self._seat(), *args]
+            script,
+            [keys.meta, keys.roster, keys.run(run), keys.restore(run), keys.wake, keys.restores, *more_keys],
+            [*self._seat(), *args],
         )
 
     def _vote_on(self, answer: Answer) -> Answer:
         if answer.choice != self._choice:
-            self._choice, self._no = answer.choice, ""
-            self._state = None
-            candidate = self._offer.of(answer.choice)
+            self._choice, self._no, self._damaged, self._state = answer.choice, "", False, None
             try:
-                if candidate is None:
-                    raise RestoreFailed(f"{answer.choice} was not offered by this rank")
-                self._state = self._read(candidate)
+                self._state = self._looked_at(answer.choice)
             except (DtrError, MemoryError) as exc:
                 self._session.check()
+                if isinstance(exc, InvalidInput):
+                    self._refusal = exc
+                self._damaged = isinstance(exc, IntegrityError)
                 self._no = " ".join(str(exc).split()) or type(exc).__name__
                 log.warning("checkpoint %s cannot be restored here: %s", answer.choice, self._no)
             failpoint("restore.before_vote")
@@ -153,6 +167,14 @@ class Agreement:
             failpoint("restore.after_vote")
             return answer
         return self._wait_for_news(answer)
+
+    def _looked_at(self, choice: str) -> Any:
+        if self._refusal is not None:  # an older checkpoint that happens to fit is not what was asked for
+            raise self._refusal
+        candidate = self._offer.of(choice)
+        if candidate is None:
+            raise RestoreFailed(f"{choice} was not offered by this rank")
+        return self._read(candidate)
 
     # --- waiting ----------------------------------------------------------------------------------------------------
 
@@ -215,9 +237,12 @@ class Agreement:
             raise RestoreFailed(f"run {self._run.id} agreed on {answer.choice}, which this rank has not read", run=self._run.id)
         return candidate, self._state
 
-    def _verdict(self, answer: Answer) -> CheckpointError:
+    def _verdict(self, answer: Answer) -> DtrError:
         if answer.state == "BASED":
             return BaseIsSet(f"run {self._run.id} continues something already", run=self._run.id)
+        if self._refusal is not None:
+            self._refusal.facts["final"] = True
+            return self._refusal
         if answer.state == "NONE":
             return NoCheckpoint(
                 f"job {self._session.settings.job} has no checkpoint on its lineage in this store; pass fresh=True on every rank to "

@@ -9,21 +9,25 @@ import contextlib
 import logging
 import mmap
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from dtr import publish
-from dtr.checkpoint import checksum, parts
+from dtr.checkpoint import checksum, handover, parts
+from dtr.checkpoint.failures import Failed, report
 from dtr.checkpoint.handle import SaveHandle
 from dtr.checkpoint.locks import try_lock
 from dtr.checkpoint.parts import Fence, Spec, StagedPart
+from dtr.checkpoint.progress import Meter, Sight, answered, ask
+from dtr.checkpoint.replication import Shares
 from dtr.checkpoint.slots import Found
-from dtr.errors import CheckpointConflict, CheckpointError, CoordinatorUnavailable, RosterChanged, StaleIncarnation, StateLost
+from dtr.errors import CheckpointConflict, CheckpointError, CoordinatorUnavailable, RosterChanged, RunUnknown, StaleIncarnation, StateLost
 from dtr.failpoints import failpoint
 from dtr.state.client import translate
 from dtr.state.job import JobState
 
-__all__ = ["Save", "Sight", "announce", "look"]
+__all__ = ["Save", "announce", "look"]
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +36,10 @@ log = logging.getLogger(__name__)
 class Save:
     """One rank's share in one checkpoint, on its way from the slot to the decision.
 
-    ``part`` and ``slot`` are None for a rank that writes nothing: another one writes the replicated state, or this one failed
-    (``failed`` says why). ``settle`` returns when it is fixed what the run continues. Times are monotonic seconds.
+    ``part`` and ``slot`` are None for a rank that writes nothing: another one writes the replicated state, or this one failed (``failed``
+    says why). ``data`` is this rank's share of the data state, JSON. ``settle`` returns when it is fixed what the run continues.
+    ``lost``: it came to nothing, which Redis is still to be told. ``trouble`` is why it is not published yet, ``upload_error`` why its part
+    is not in the store. Times are monotonic seconds.
     """
 
     handle: SaveHandle
@@ -42,25 +48,34 @@ class Save:
     state_id: str
     settle: Callable[[], None]
     started_s: float
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    data: str = ""
+    shares: Shares | None = None
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
     part: StagedPart | None = None
     slot: Found | None = None
     failed: str = ""
     counter: str = ""
     own_checksum: str = ""
+    lost: Failed | None = None
     unseen_since_s: float | None = None
     due_s: float = 0.0
+    whole_due_s: float = 0.0
     pause_s: float = 0.0
     trouble: str = ""
+    upload_error: str = ""
+    meter: Meter = field(default_factory=Meter)
 
+    @property
+    def expected(self) -> range:
+        """The ranks whose parts make the checkpoint complete."""
+        writer = self.spec.writer
+        return range(writer, writer + 1) if self.spec.replicated == "all" else range(self.spec.world_size)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sight:
-    """A checkpoint as Redis shows it; ``state`` '' if Redis has none. ``checksum`` is of this rank's part, once it is stored."""
-
-    state: str
-    reason: str
-    size_bytes: int
-    checksum: str
+    @property
+    def part_rank(self) -> int:
+        """The rank whose part holds what this one saved."""
+        return self.spec.writer if self.spec.replicated == "all" else self.fence.rank
 
 
 def announce(state: JobState, save: Save, recover_run: Callable[[], None], broker_url: str) -> None:
@@ -76,13 +91,21 @@ def announce(state: JobState, save: Save, recover_run: Callable[[], None], broke
         CheckpointAborted, CheckpointAbandoned, CheckpointConflict: the checkpoint is over, or this step was saved before.
         Unavailable, Recovering, StateLost: not now.
     """
+    if save.lost is not None:
+        report(state, save.state_id, save.fence, save.lost, save.id)
+        return
     save.settle()
     if save.failed:
         fail(state, save)
         return
     failpoint("save.before_begin")
-    placed = _begin(state, save, recover_run)
+    try:
+        placed = _begin(state, save, recover_run)
+    except CheckpointConflict as exc:
+        _part_company(state, save, exc)
+        raise
     failpoint("save.after_begin")
+    _hand_over(state, save, recover_run, broker_url)
     if save.part is None or placed is None:
         return
     if placed.save != save.part.save:
@@ -93,11 +116,35 @@ def announce(state: JobState, save: Save, recover_run: Callable[[], None], broke
     failpoint("save.after_enqueue")
 
 
+def _hand_over(state: JobState, save: Save, recover_run: Callable[[], None], broker_url: str) -> None:
+    """Tell this rank's share of the data state, also if it is nothing: others may have some. Valid after the run, too."""
+    spec = save.spec
+    if not save.data and spec.world_size == 1:
+        return
+    try:
+        now = handover.hand_over(state, spec.run, spec.step, save.fence, save.data)
+    except RunUnknown:
+        recover_run()
+        now = handover.hand_over(state, spec.run, spec.step, save.fence, save.data)
+    if now == "SEALED":
+        with contextlib.suppress(CoordinatorUnavailable):  # the uploader finds it by itself, a little later
+            publish.settle(broker_url, host=save.fence.host, job=state.job, run=spec.run, step=spec.step)
+
+
 def _wake_uploader(state: JobState, save: Save, broker_url: str) -> None:
     try:
         publish.upload_part(broker_url, host=save.fence.host, job=state.job, run=save.spec.run, step=save.spec.step, rank=save.fence.rank)
     except CoordinatorUnavailable as exc:
         log.info("the uploader was not woken, and finds step %d by itself: %s", save.spec.step, exc)
+
+
+def _part_company(state: JobState, save: Save, exc: CheckpointConflict) -> None:
+    """Others began this checkpoint otherwise, so it will never have this rank's part: abort it, unless an earlier save is that part."""
+    view = parts.read(state, save.spec.run, save.spec.step, [save.fence.rank])
+    if save.part is None or view is None or view.state != "WRITING" or save.fence.rank in view.parts:
+        return
+    save.failed = exc.message
+    fail(state, save)
 
 
 def fail(state: JobState, save: Save) -> None:
@@ -144,17 +191,17 @@ def _checksum_of(save: Save) -> str:
             os.close(descriptor)
 
 
-def look(state: JobState, saves: Sequence[Save]) -> list[Sight]:
-    """How the checkpoints of ``saves`` are doing, in one round trip."""
+def look(state: JobState, saves: Sequence[Save], *, whole: Collection[Save] = ()) -> list[Sight]:
+    """How the checkpoints of ``saves`` are doing, in one round trip; all ranks' parts of those in ``whole``, else this rank's alone."""
+    asked = [save.expected if save in whole else range(save.part_rank, save.part_rank + 1) for save in saves]
     with translate(state.url):
         pipeline = state.redis.pipeline(transaction=False)
-        for save in saves:
-            run, step = save.spec.run, save.spec.step
-            pipeline.hmget(state.keys.ckpt(run, step), ["state", "reason", "size_bytes"])
-            rank = save.spec.writer if save.spec.replicated == "all" else save.fence.rank
-            pipeline.hget(state.keys.parts(run, step), f"{rank}/checksum")
-        replies = pipeline.execute()
-    return [
-        Sight(state=found or "", reason=reason or "", size_bytes=int(size or 0), checksum=part or "")
-        for (found, reason, size), part in zip(replies[::2], replies[1::2], strict=True)
-    ]
+        for save, ranks in zip(saves, asked, strict=True):
+            ask(pipeline, state.keys, save.spec.run, save.spec.step, ranks)
+        replies = iter(pipeline.execute())
+    return [_of(save, answered(replies, ranks)) for save, ranks in zip(saves, asked, strict=True)]
+
+
+def _of(save: Save, sight: Sight) -> Sight:
+    mine = sight.part(save.part_rank)
+    return sight if mine is None else replace(sight, checksum=mine.checksum)

@@ -178,7 +178,8 @@ def _step(session: Session, phase: str, base: Checkpoint | None, url: str, newes
             ],
             [
                 who.state_id, run.id, who.worker_id, run.rank, run.roster[who.worker_id].incarnation, phase, base_run, base_step, url,
-                newest_ms, settings.keep_last, int(settings.reader_grace_s * 1000), *ancestors,
+                newest_ms, settings.keep_last, int(settings.reader_grace_s * 1000), settings.keep_every, settings.keep_best or "",
+                int(settings.keep_for_s * 1000), *ancestors,
             ],
         )
     )  # fmt: skip

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtr.checkpoint import dtypes, torch_tensors
+from dtr.checkpoint.sharing import span
 from dtr.checkpoint.tensors import Tensor
 from dtr.errors import ManifestInvalid
 
 __all__ = ["MAX_DEPTH", "unflatten"]
 
 MAX_DEPTH: Final = 64
+_MAX_SIDE: Final = 1 << 48  # of a view of stride 0, which is larger than its bytes
 _FLOATS: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _INTEGER: Final = re.compile(r"-?0x[0-9a-f]+", re.ASCII)
 
@@ -38,6 +40,7 @@ def unflatten(spec: Any, leaves: Mapping[str, Tensor]) -> Any:
 class _Builder:
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         self._leaves = leaves
+        self._memories: dict[str, Any] = {}  # what torch tensors share, by the name of the tensor in the file
         self._by_name: dict[str, Callable[[Any, int], Any]] = {
             "dict": self._dict,
             "items": lambda node, levels: dict(self._items(node, levels)),
@@ -111,10 +114,16 @@ class _Builder:
 
     def _described(self, node: Any) -> tuple[Tensor, Any, tuple[int, ...]]:
         match node:
-            case {"at": str(name), "dtype": dtype, "shape": [*shape]} if len(node) == 3:
-                if len(shape) <= 64 and all(type(size) is int and size >= 0 for size in shape):
-                    return self._leaf(name), dtype, tuple(shape)
+            case {"at": str(name), "dtype": dtype, "shape": [*shape]} if len(node) == 3 and _is_shape(shape):
+                return self._leaf(name), dtype, tuple(shape)
         raise _invalid(node, "a tensor's name, dtype and shape")
+
+    def _view(self, node: Any) -> tuple[Tensor, Any, tuple[int, ...], tuple[int, ...], int]:
+        match node:
+            case {"at": str(name), "dtype": dtype, "shape": [*shape], "strides": [*strides], "offset": int(offset)} if len(node) == 5:
+                if _is_shape(shape) and len(strides) == len(shape) and all(type(n) is int for n in (offset, *strides)):
+                    return self._leaf(name), dtype, tuple(shape), tuple(strides), offset
+        raise _invalid(node, "a tensor's name, and dtype, shape, strides and offset of a view of it")
 
     def _array(self, node: Any) -> NDArray[Any]:
         if type(node) is str:
@@ -122,17 +131,38 @@ class _Builder:
             if tensor.label not in dtypes.NATIVE:
                 raise _invalid(node, f"a numpy array, not {tensor.label}")
             return tensor.array
+        if type(node) is dict and "strides" in node:
+            tensor, described, shape, strides, offset = self._view(node)
+            dtype = dtypes.parse(described)
+            _check_inside(tensor, dtype.itemsize, shape, strides, offset)
+            return np.ndarray(shape, dtype, tensor.array.reshape(-1).view(np.uint8).data, offset, strides)
         tensor, described, shape = self._described(node)
         return _reinterpreted(tensor, dtypes.parse(described), shape)
 
     def _torch(self, node: Any, *, requires_grad: bool | None = None) -> Any:
         if type(node) is str:
-            return torch_tensors.build(self._leaf(node), requires_grad=requires_grad)
+            tensor = self._leaf(node)
+            return torch_tensors.build(self._memory(node), tensor, requires_grad=requires_grad)
+        if type(node) is dict and "strides" in node:
+            tensor, name, shape, strides, offset = self._view(node)
+            if type(name) is not str or name not in torch_tensors.DTYPES:
+                raise _invalid(node, "a torch dtype")
+            _check_inside(tensor, torch_tensors.item_bytes(name), shape, strides, offset)
+            try:
+                return torch_tensors.view(self._memory(node["at"]), name, shape, strides, offset, requires_grad=requires_grad)
+            except ValueError as exc:
+                raise _invalid(node, f"a view of whole items: {exc}") from exc
         tensor, name, shape = self._described(node)
         if (dtype := torch_tensors.RAW.get(name) if type(name) is str else None) is None:
             raise _invalid(node, "a torch dtype")
-        array = _reinterpreted(tensor, dtype, shape)
-        return torch_tensors.build(Tensor(label="", array=array), requires_grad=requires_grad)
+        whole = Tensor(label="", array=_reinterpreted(tensor, dtype, shape))
+        return torch_tensors.build(self._memory(node["at"]), whole, name, requires_grad=requires_grad)
+
+    def _memory(self, name: str) -> Any:
+        """The memory of a tensor in the file, the same for all torch tensors that lie in it."""
+        if name not in self._memories:
+            self._memories[name] = torch_tensors.memory_of(self._leaf(name).array)
+        return self._memories[name]
 
     def _parameter(self, node: Any) -> Any:
         match node:
@@ -145,6 +175,17 @@ class _Builder:
         if type(text) is not str:
             raise _invalid(node, "text")
         return np.str_(text)
+
+
+def _is_shape(shape: list[Any]) -> bool:
+    return len(shape) <= 64 and all(type(size) is int and size >= 0 for size in shape)
+
+
+def _check_inside(tensor: Tensor, item_bytes: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
+    """A view must not leave the tensor that it is a view of."""
+    low, high = span(offset, shape, strides, item_bytes)
+    if min(low, offset) < 0 or max(high, offset) > tensor.array.nbytes or max([1, *shape]) > _MAX_SIDE:
+        raise _invalid(strides, f"a view inside of {tensor.array.nbytes} bytes")
 
 
 def _reinterpreted(tensor: Tensor, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -1,35 +1,49 @@
 """Which checkpoints one rank could restore, newest first, and why not the others.
 
-``judge`` decides about one manifest, pure; ``gather`` reads manifests until it has enough. A configuration that does not fit (the world
-size of a sharded checkpoint) ends the search, rather than silently going back to an older checkpoint that happens to fit; damage does not.
+``parts_of`` decides about one manifest, pure; ``gather`` reads manifests until it has enough. A configuration that does not fit (the
+world size of a sharded checkpoint) ends the search, rather than silently going back to an older checkpoint that happens to fit; damage
+does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage
 from dtr.checkpoint.manifest import Manifest, PartFacts
+from dtr.checkpoint.nearby import Nearby, Part
+from dtr.checkpoint.paths import Patterns
 from dtr.checkpoint.survey import Holdings, read_manifest
 from dtr.errors import IntegrityError, NotFound
 from dtr.store import Store
 
-__all__ = ["Candidate", "Offer", "gather", "name_of", "newest_commit", "part_of"]
+__all__ = ["Candidate", "Offer", "Wish", "gather", "name_of", "newest_commit", "parts_of"]
 
 ENOUGH: Final = 8  # candidates that a rank offers; older ones are reached by restore(step=...)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be restored: which rank's state, in a run of how many, only of this ``step``, only what these patterns select."""
+
+    rank: int
+    world_size: int
+    step: int | None = None
+    only: Patterns | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A commit whose part for this rank is there in full length; its bytes are not yet verified."""
+    """A commit whose every part that this rank needs is there in full length; their bytes are not yet verified."""
 
     run: str
     step: int
     manifest: Manifest
-    part: PartFacts
+    parts: tuple[Part, ...]
 
     @property
     def name(self) -> str:
@@ -54,21 +68,23 @@ def name_of(run: str, step: int) -> str:
     return f"{run}/{step}"
 
 
-def part_of(manifest: Manifest, rank: int, world_size: int) -> PartFacts | str:
-    """The part that this rank of ``world_size`` reads, or why there is none."""
+def parts_of(manifest: Manifest, rank: int, world_size: int) -> tuple[PartFacts, ...] | str:
+    """The parts that this rank of ``world_size`` reads, its own first, or why there are none."""
     if manifest.replicated == "all":
-        return manifest.parts[0]
+        return manifest.parts[:1]
+    if manifest.replicated == "some":
+        return tuple(sorted(manifest.parts, key=lambda part: part.rank != rank))
     if manifest.world_size != world_size:
         return (
             f"was saved by {manifest.world_size} ranks, each with a part of its own; here are {world_size}: "
             f"restore it with world_size={manifest.world_size}"
         )
-    return next(part for part in manifest.parts if part.rank == rank)
+    return tuple(part for part in manifest.parts if part.rank == rank)
 
 
 def gather(
-    store: Store, lineage: Lineage, holdings: Holdings, *, rank: int, world_size: int, step: int | None = None,
-    retired: AbstractSet[Checkpoint] = frozenset(), indexed: AbstractSet[Checkpoint] = frozenset(), enough: int = ENOUGH,
+    store: Store, lineage: Lineage, holdings: Holdings, nearby: Nearby, wish: Wish, *, retired: AbstractSet[Checkpoint] = frozenset(),
+    indexed: AbstractSet[Checkpoint] = frozenset(), refused: Mapping[Checkpoint, str] = MappingProxyType({}), enough: int = ENOUGH,
 ) -> Offer:  # fmt: skip
     """The checkpoints on ``lineage`` that this rank could restore.
 
@@ -76,53 +92,75 @@ def gather(
         store: of the job.
         lineage: only its checkpoints are candidates.
         holdings: what the store was seen to hold.
-        rank: of the reader.
-        world_size: ranks of the reader's run.
-        step: only checkpoints of this step.
+        nearby: where parts are read.
+        wish: what is to be restored.
         retired: what retention has chosen, though its manifest may still stand.
         indexed: commits that Redis lists: one without a record is a loss (a mount that is missing), and no reason to start anew.
+        refused: why some are passed over, unless their step is asked for, or there is no other.
         enough: how many to find.
     """
+    offer = _gather(store, lineage, holdings, nearby, wish, retired, indexed, {} if wish.step is not None else refused, enough)
+    if offer.candidates or offer.misfit or not refused:
+        return offer
+    return _gather(store, lineage, holdings, nearby, wish, retired, indexed, {}, enough)
+
+
+def _gather(
+    store: Store, lineage: Lineage, holdings: Holdings, nearby: Nearby, wish: Wish, retired: AbstractSet[Checkpoint],
+    indexed: AbstractSet[Checkpoint], refused: Mapping[Checkpoint, str], enough: int,
+) -> Offer:  # fmt: skip
     found: list[Candidate] = []
     rejected: list[tuple[str, str]] = []
     misfit = ""
     for run, at in lineage.newest_first((holdings.decided | indexed) - retired):
-        if step is not None and at != step:
+        if wish.step is not None and at != wish.step:
             continue
+        name = name_of(run, at)
         if (run, at) not in holdings.decided:
-            rejected.append((name_of(run, at), "Redis lists it as committed, and the store holds no record of it"))
+            rejected.append((name, "Redis lists it as committed, and the store holds no record of it"))
             continue
         if len(found) >= enough:
             break
+        if (run, at) in refused:
+            rejected.append((name, refused[run, at]))
+            continue
         try:
             manifest = read_manifest(store, run, at)
             if manifest.decision != "commit":
                 continue
-            part = part_of(manifest, rank, world_size)
-            if isinstance(part, str):
-                misfit = misfit or f"checkpoint {name_of(run, at)} {part}"
-                rejected.append((name_of(run, at), part))
-                continue
-            if misfit:
-                misfit += f"; or restore(step={at}), which fits"
-                break
-            _check_there(store, part)
+            judged = _judge(manifest, nearby, wish, fits=not misfit)
         except NotFound:
             continue  # retention, or a half-written abort record, was faster
         except IntegrityError as exc:
-            rejected.append((name_of(run, at), exc.message))
+            rejected.append((name, exc.message))
             continue
-        found.append(Candidate(run=run, step=at, manifest=manifest, part=part))
+        if isinstance(judged, str):
+            misfit = misfit or f"checkpoint {name} {judged}"
+            rejected.append((name, judged))
+            continue
+        if misfit:
+            misfit += f"; or restore(step={at}), which fits"
+            break
+        found.append(Candidate(run=run, step=at, manifest=manifest, parts=judged))
     return Offer(candidates=tuple(found), rejected=tuple(rejected), misfit=misfit if not found else "")
 
 
-def _check_there(store: Store, part: PartFacts) -> None:
-    try:
-        size_bytes = store.size(part.object)
-    except NotFound as exc:
-        raise IntegrityError(f"object {part.object} is missing") from exc
-    if size_bytes != part.size_bytes:
-        raise IntegrityError(f"object {part.object} has {size_bytes} bytes, its manifest says {part.size_bytes}")
+def _judge(manifest: Manifest, nearby: Nearby, wish: Wish, *, fits: bool) -> tuple[Part, ...] | str:
+    """The parts to read of a commit, or why it does not fit; raises IntegrityError if one of them is nowhere.
+
+    With ``fits`` False nothing is going to be read: this is only about what would fit.
+    """
+    chosen = parts_of(manifest, wish.rank, wish.world_size)
+    if isinstance(chosen, str):
+        return chosen
+    parts = tuple(Part(run=manifest.run, step=manifest.step, facts=facts) for facts in chosen)
+    if fits:
+        for part in parts:
+            nearby.check(part)
+    if manifest.replicated == "some" and manifest.world_size != wish.world_size:
+        why = nearby.misfit(parts, rank=wish.rank, world_size=wish.world_size, only=wish.only)
+        return why or parts
+    return parts
 
 
 def newest_commit(store: Store, checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:

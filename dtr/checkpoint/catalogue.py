@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
 from dtr.checkpoint import checksum
 from dtr.checkpoint.candidates import name_of
+from dtr.checkpoint.chunk_source import ChunkSource
 from dtr.checkpoint.lineage import Lineage
 from dtr.checkpoint.manifest import Manifest, PartFacts, Replicated
+from dtr.checkpoint.metrics import Metrics
 from dtr.checkpoint.survey import Holdings, in_parallel, read_manifest
 from dtr.errors import ChecksumMismatch, IntegrityError, NotFound
 from dtr.store import Store
@@ -33,6 +35,8 @@ class Listed:
     size_bytes: int = 0
     created_at_ms: int = 0
     reason: str = ""
+    pinned: bool = False
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +53,17 @@ def catalogue(store: Store, lineage: Lineage, holdings: Holdings) -> tuple[Liste
     """Every decided checkpoint of the job's store: those of the lineage first, newest first, then the others."""
     on = lineage.newest_first(holdings.decided)
     order = on + sorted(holdings.decided - set(on), reverse=True)
-    return tuple(listed for listed in in_parallel(lambda name: _listed(store, lineage, *name), order) if listed is not None)
+    found = in_parallel(lambda name: _listed(store, lineage, *name, pinned=name in holdings.pinned), order)
+    return tuple(listed for listed in found if listed is not None)
 
 
-def _listed(store: Store, lineage: Lineage, run: str, step: int) -> Listed | None:
+def _listed(store: Store, lineage: Lineage, run: str, step: int, *, pinned: bool) -> Listed | None:
     try:
         manifest = read_manifest(store, run, step)
     except NotFound:
         return None
     except IntegrityError as exc:
-        return Listed(run=run, step=step, state="DAMAGED", reason=exc.message)
+        return Listed(run=run, step=step, state="DAMAGED", reason=exc.message, pinned=pinned)
     committed = "COMMITTED" if lineage.takes(run, step) else "ABANDONED"
     return Listed(
         run=run,
@@ -66,9 +71,11 @@ def _listed(store: Store, lineage: Lineage, run: str, step: int) -> Listed | Non
         state=_WORDS.get(manifest.decision, committed),
         world_size=manifest.world_size,
         replicated=manifest.replicated,
-        size_bytes=sum(part.size_bytes for part in manifest.parts),
+        size_bytes=sum(part.state_bytes for part in manifest.parts),
         created_at_ms=manifest.created_at,
         reason=manifest.reason or "",
+        pinned=pinned,
+        metrics=dict(manifest.metrics),
     )
 
 
@@ -85,7 +92,7 @@ def verify_parts(store: Store, manifest: Manifest) -> Verified:
             wrong.append(exc.message)
     if wrong:
         raise IntegrityError(f"{name}: {'; '.join(wrong)}", run=manifest.run, step=manifest.step)
-    size_bytes = sum(part.size_bytes for part in manifest.parts)
+    size_bytes = sum(part.state_bytes for part in manifest.parts)
     return Verified(run=manifest.run, step=manifest.step, parts=len(manifest.parts), size_bytes=size_bytes)
 
 
@@ -106,3 +113,5 @@ def _verify(store: Store, part: PartFacts) -> None:
         raise IntegrityError(f"object {part.object} is missing") from exc
     if running.text != part.checksum:
         raise ChecksumMismatch(f"object {part.object} has checksum {running.text}, its manifest says {part.checksum}")
+    if part.kind == "chunks":
+        ChunkSource(store, part).verify()

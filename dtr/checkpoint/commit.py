@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 
 from dtr.checkpoint import parts
+from dtr.checkpoint.handover import data_state
 from dtr.checkpoint.manifest import Manifest, PartFacts
+from dtr.checkpoint.metrics import merged
 from dtr.checkpoint.parts import CheckpointView, PartView
 from dtr.checkpoint.rebuild import index_checkpoint
 from dtr.checkpoint.survey import manifest_key, read_manifest
-from dtr.errors import AlreadyExists, CheckpointError, DtrError, InvalidInput, NotFound, StateCorrupt, StoreUnavailable
+from dtr.errors import AlreadyExists, CheckpointError, DataConflict, DtrError, InvalidInput, NotFound, StateCorrupt, StoreUnavailable
 from dtr.failpoints import failpoint
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -56,12 +58,14 @@ def settle(state: JobState, store: Store, run: str, step: int) -> str:
 
 
 def discard(store: Store, run: str, step: int, object: str) -> bool:
-    """Delete an object that did not become part of its checkpoint, if a decision that does not name it is in the store.
+    """Delete an object that did not become part of its checkpoint, if a decision that does not name it is in the store; and, whatever
+    the decision, what an interrupted upload left of it.
 
-    Without a decision the object stays: whoever decides looks for such leftovers afterwards.
+    Without a decision everything stays: whoever decides looks for such leftovers afterwards.
     """
     try:
         manifest = read_manifest(store, run, step)
+        store.abort_uploads(object)
         if any(part.object == object for part in manifest.parts):
             return False
         store.delete(object)
@@ -74,7 +78,11 @@ def discard(store: Store, run: str, step: int, object: str) -> bool:
 
 
 def _commit(state: JobState, store: Store, view: CheckpointView) -> str:
-    wanted = _manifest(state, view)
+    try:
+        wanted = _manifest(state, view)
+    except DataConflict as exc:
+        log.error("run %s step %d: %s", view.run, view.step, exc)
+        return _abort(state, store, view, exc.message)
     keys = set(store.list(folder_key(view.run, view.step)))
     gone = [part for part in wanted.parts if part.object not in keys and not _is_there(store, part)]
     if gone:
@@ -87,7 +95,7 @@ def _commit(state: JobState, store: Store, view: CheckpointView) -> str:
     if found.decision == "commit" and found.parts != wanted.parts:
         log.warning("run %s step %d: another upload of the same parts was committed first and is adopted", view.run, view.step)
     verdict = _tell(state, store, view.store, found)
-    if any(part.attempts > 1 or part.failures for part in view.parts.values()) or keys - {part.object for part in wanted.parts}:
+    if any(part.claims > 1 or part.failures for part in view.parts.values()) or keys - {part.object for part in wanted.parts}:
         _sweep(store, found)
     return verdict
 
@@ -121,6 +129,8 @@ def _manifest(state: JobState, view: CheckpointView, abort_reason: str | None = 
             created_at=view.sealed_at_ms or view.created_at_ms,
             parts=tuple(_facts(part) for part in view.parts.values()) if abort_reason is None else (),
             reason=abort_reason or "",
+            metrics=merged(part.metrics for part in view.parts.values()) if abort_reason is None else {},
+            data=data_state(state, view.run, view.step) if abort_reason is None else {},
         )
     except (InvalidInput, ValueError) as exc:
         raise StateCorrupt(f"{state.keys.ckpt(view.run, view.step)} and its parts make no manifest: {exc}") from exc
@@ -138,6 +148,7 @@ def _facts(part: PartView) -> PartFacts:
         pieces=part.pieces,
         kind="chunks" if part.kind == "chunks" else "file",
         state_bytes=part.size_bytes,
+        state_checksum=part.state_checksum,
     )
 
 
@@ -169,6 +180,7 @@ def _tell(state: JobState, store: Store, store_url: str, found: Manifest) -> str
         decision=decision,
         reason=reason,
         size_bytes=sum(part.state_bytes for part in found.parts),
+        metrics=found.metrics,
     )
     if verdict == "UNKNOWN":  # Redis forgot it, or retention retired it while we slept: what the store says now is indexed
         verdict = index_checkpoint(state, store, store_url, found.run, found.step)

@@ -8,36 +8,36 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
 from dtr import names
 from dtr.checkpoint import base
-from dtr.checkpoint.announce import Save, Sight
+from dtr.checkpoint.candidates import Wish
 from dtr.checkpoint.catalogue import Listed, Verified, catalogue, verify_parts
 from dtr.checkpoint.first_save import FirstSave
 from dtr.checkpoint.handle import SaveHandle
 from dtr.checkpoint.lineage import Lineage
-from dtr.checkpoint.parts import Fence, Spec
-from dtr.checkpoint.publisher import Publisher
-from dtr.checkpoint.rebuild import index_checkpoint, index_run, rebuild
-from dtr.checkpoint.restore import Restored, read_newest, restore_run
-from dtr.checkpoint.stage import Stage
+from dtr.checkpoint.metrics import checked
+from dtr.checkpoint.paths import Patterns
+from dtr.checkpoint.progress import SaveProgress
+from dtr.checkpoint.rebuild import rebuild
+from dtr.checkpoint.restore import Reader, Restored, read_newest, restore_run
+from dtr.checkpoint.saving import Asked, Saves
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
 from dtr.config import LauncherEnvironment, Settings
+from dtr.datasets.plane import plane_of
 from dtr.errors import (
-    CheckpointAborted,
     CheckpointError,
     ConfigError,
     DtrError,
     ForkedProcess,
     InvalidInput,
-    NotFound,
     RosterChanged,
 )
-from dtr.failpoints import failpoint
-from dtr.runs import Run, World
+from dtr.runs import World
 from dtr.session import Session
 from dtr.state.job import JobState
 from dtr.store import open_store
@@ -47,7 +47,6 @@ __all__ = ["CheckpointManager"]
 log = logging.getLogger(__name__)
 
 REJOIN_S: Final = 10.0  # how long a single process waits for a new run, when it has lost its own
-WRITER: Final = 0  # of replicated state: every rank knows it without asking, and a run always has one
 
 
 class CheckpointManager:
@@ -99,23 +98,36 @@ class CheckpointManager:
         self._given, self._session, self._own = session is not None, session, False
         self._chosen = chosen is not None
         self._state: JobState | None = None
-        self._stage = Stage()
         self._first = FirstSave(self._store, self.url, fresh=fresh)
+        self._saves = Saves(self._store, self.url, self._first)
         self._mutex = threading.RLock()
-        self._publisher: Publisher | None = None
         self._attempts: dict[str, int] = {}
         self._pid, self._closed = os.getpid(), False
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save_async(self, state: Any, step: int, *, replicated: bool = False) -> SaveHandle:
+    def save_async(
+        self,
+        state: Any,
+        step: int,
+        *,
+        replicated: bool | str | Sequence[str] = False,
+        metrics: Mapping[str, Any] | None = None,
+        on_progress: Callable[[SaveProgress], object] | None = None,
+    ) -> SaveHandle:
         """Copy ``state`` into a staging slot and return; it is committed in the background.
 
         Args:
             state: bytes, or nested dicts, lists and tuples of arrays, numbers, strings, booleans and None. May be changed once this
                 returns.
             step: of the checkpoint. Every rank of the run must save it. A step saved twice must have the same bytes.
-            replicated: every rank holds the same state: rank 0 writes it, and any world size restores it.
+            replicated: True: every rank holds the same state, rank 0 writes it, and any world size restores it. Path patterns like
+                ``"optimizer/*"``: what they select is alike on all ranks, so each writes an even share of it, and any world size
+                restores that; the rest is each rank's own.
+            metrics: numbers about this step, ``{"loss": 1.2}``, kept in the manifest: for people, and for ``keep_best``. Where ranks
+                differ, the lowest rank that writes a part counts.
+            on_progress: called with a SaveProgress whenever something has moved, and a last time before ``durable`` is done; in a
+                background thread that all saves share, so it must be quick and must not wait for a save. What it raises is logged once.
 
         Returns:
             A handle: ``await`` it for the copy, ``handle.durable.result()`` for the commit.
@@ -125,107 +137,66 @@ class CheckpointManager:
             UnsavedLineage: the first save of a run that restored nothing, into a store that holds checkpoints of the job.
             RosterChanged, StaleIncarnation: the run ended, or this process may not go on.
             StagingFull, NoFreeSlot: there is no room for the copy (policy ``fail``, or ``wait`` for too long).
+            SaveFailed: an earlier save came to nothing, and the setting ``on_failed_save`` says to raise; nothing was staged.
         """
-        step = names.step(step)
-        if not isinstance(replicated, bool):
-            raise InvalidInput(f"replicated must be True or False, got {replicated!r}", field="replicated")
-        self._check()
-        session = self._joined()
-        run, who = session.run, session.identity
-        spec = Spec(
-            run=run.id, step=step, world_size=run.world_size, store=self.url, replicated="all" if replicated else "none", writer=WRITER
-        )
-        seat = run.roster[who.worker_id]
-        fence = Fence(rank=run.rank, worker=who.worker_id, incarnation=seat.incarnation, host=who.host)
-        started_s = session.clock.monotonic()
-        self._first.prepare(session)
-        handle = SaveHandle(run.id, step)
-        save = Save(
-            handle=handle, spec=spec, fence=fence, state_id=who.state_id, settle=partial(self._first.finish, session, run.id),
-            started_s=started_s,
+        asked = Asked(
+            state=state, step=names.step(step), metrics=checked(metrics), on_progress=on_progress,
+            replicated=replicated if isinstance(replicated, bool) else Patterns.of(replicated, "replicated"),
         )  # fmt: skip
-        try:
-            if not replicated or run.rank == WRITER:
-                self._stage.put(session, self.settings, save, state)
-        except BaseException as exc:
-            self._give_up(session, save, exc)
-            raise
-        handle.staged.set_result(None)
-        failpoint("save.after_stage")
-        self._publishing(session).submit(save)
-        return handle
-
-    def _give_up(self, session: Session, save: Save, exc: BaseException) -> None:
-        """This rank has no part: the others are told, so that nobody waits for it."""
-        save.failed, save.counter = f"{type(exc).__name__}: {exc}", "saves_failed"
-        save.handle.fail("FAILED", exc if isinstance(exc, DtrError) else CheckpointError(save.failed))
-        save.handle.staged.set_exception(exc)
-        self._publishing(session).submit(save)
-
-    def _publishing(self, session: Session) -> Publisher:
-        with self._mutex:
-            if self._publisher is None:
-                self._publisher = Publisher(session, recover_run=self._recover_run, find_decision=self._find_decision, clock=session.clock)
-            return self._publisher
-
-    def _recover_run(self, state: JobState, save: Save) -> None:
-        """Redis does not know the run of a staged save: tell it from the store."""
-        if not index_run(state, self._store, self.url, save.spec.run):
-            raise CheckpointAborted(f"neither Redis nor the store knows run {save.spec.run}", run=save.spec.run)
-
-    def _find_decision(self, state: JobState, save: Save) -> Sight | None:
-        """What the store decided about a checkpoint that Redis does not know; None: nothing."""
-        run, step = save.spec.run, save.spec.step
-        try:
-            manifest = read_manifest(self._store, run, step)
-        except NotFound:
-            return None
-        size_bytes = sum(part.size_bytes for part in manifest.parts)
-        # A tombstone stands for a commit that retention let go before anyone here looked.
-        found = index_checkpoint(state, self._store, self.url, run, step) or "COMMITTED"
-        checksum = next((part.checksum for part in manifest.parts if part.rank == save.fence.rank), "")
-        return Sight(state=found, reason=manifest.reason or "", size_bytes=size_bytes, checksum=checksum)
+        self._check()
+        return self._saves.save(self._joined(), self.settings, asked)
 
     # --- restoring --------------------------------------------------------------------------------------------------
 
-    def restore(self, step: int | None = None, *, fresh: bool = False) -> Restored | None:
-        """Read the newest checkpoint of the lineage that verifies.
+    def restore(
+        self, step: int | None = None, *, fresh: bool = False, into: Any = None, only: str | Sequence[str] | None = None
+    ) -> Restored | None:
+        """Read the newest checkpoint of the lineage that verifies, from the nearest place: a slot still in memory, the cache, the store.
 
         In a run that does not continue anything yet (a started agent, before its first save) this is collective: every rank calls it, all
         get the same checkpoint, and it becomes what the run continues. Otherwise it only reads, from the store alone if Redis is away.
 
         Args:
-            step: only a checkpoint of this step. Default: the newest.
+            step: only a checkpoint of this step, also one that is quarantined. Default: the newest.
             fresh: None is an answer if there is no checkpoint at all; otherwise that is an error.
+            into: a state like the saved one, to be filled: its arrays in place, its other values replaced. Default: a new state.
+            only: read nothing but what these path patterns select, like ``"model/*"``; a list keeps its length, with None for the rest.
 
         Raises:
             NoCheckpoint: there is none, and ``fresh`` was not given.
             RestoreFailed: there are some, and none can be restored; the message has each one's reason.
             WorldSizeMismatch: the newest one is sharded over another number of ranks.
+            StateMismatch: ``into`` is built differently; names the first path that differs, and nothing was changed.
+            InvalidInput: ``only`` selects nothing.
             RosterChanged: a member departed in mid-restore; call ``form()``.
         """
         step = None if step is None else names.step(step)
+        patterns = None if only is None else Patterns.of(only, "only")
+        if into is not None and not isinstance(into, dict | builtins.list | tuple):
+            raise InvalidInput(f"into must be a state to be filled (a dict, list or tuple), got {type(into).__name__}", field="into")
         self._check()
         session = self._known_session()
-        if session is not None:
-            run = session.run
-            if not base.is_known(session, run.id, self.url):
-                session.check()
-                return self._restore_run(session, run, step, fresh)
         rank, world_size = (session.run.rank, session.run.world_size) if session is not None else (self._rank, self._world_size)
-        state = session.state if session is not None else self._own_state()
-        found = read_newest(self._store, self.url, state, rank=rank, world_size=world_size, step=step, fresh=fresh)
+        reader = Reader(
+            store=self._store, url=self.url, settings=self.settings, fresh=fresh, into=into,
+            wish=Wish(rank=rank, world_size=world_size, step=step, only=patterns),
+        )  # fmt: skip
+        if session is not None and not base.is_known(session, session.run.id, self.url):
+            session.check()
+            return self._restore_run(session, session.run.id, reader)
+        found = read_newest(reader, session.state if session is not None else self._own_state())
         self._first.restored = (found.run, found.step) if found is not None else None
         return found
 
-    def _restore_run(self, session: Session, run: Run, step: int | None, fresh: bool) -> Restored | None:
-        attempt = self._attempts.get(run.id, 0)
+    def _restore_run(self, session: Session, run: str, reader: Reader) -> Restored | None:
+        attempt = self._attempts.get(run, 0)
         try:
-            found = restore_run(session, self._store, self.url, attempt=attempt, step=step, fresh=fresh)
-        except CheckpointError as exc:
+            found = restore_run(session, reader, attempt=attempt)
+        except DtrError as exc:
             if exc.facts.get("final"):
-                self._attempts[run.id] = attempt + 1
+                self._attempts[run] = attempt + 1
             raise
+        plane_of(session).restored({} if found is None else found.data)
         return found
 
     # --- looking ----------------------------------------------------------------------------------------------------
@@ -267,9 +238,7 @@ class CheckpointManager:
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True
-        if self._publisher is not None:
-            self._publisher.close(timeout_s)
-        self._stage.close()
+        self._saves.close(timeout_s)
         if self._own and self._session is not None:
             self._session.close()
         if self._state is not None:

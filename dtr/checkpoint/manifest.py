@@ -13,6 +13,8 @@ from typing import Any, Final, Literal, Self
 
 from dtr import names
 from dtr.checkpoint import checksum, records
+from dtr.checkpoint import metrics as metric_values
+from dtr.checkpoint.metrics import Metrics
 from dtr.errors import InvalidInput, ManifestInvalid
 from dtr.store.base import check_key
 
@@ -38,7 +40,7 @@ class PartFacts:
         piece_bytes: the object as pieces of this size, the last one shorter; 0: nothing is known of pieces.
         pieces: the CRC64NVME of each piece, 16 hex digits each, one after the other: so a range can be verified alone.
         kind: ``file``: the object is the part's safetensors file; ``chunks``: it names the chunks that the file is put together from.
-        state_bytes: of the part's safetensors file; for ``file`` that is ``size_bytes``, and may be left out.
+        state_bytes, state_checksum: of the part's safetensors file; for ``file`` they are the object's, and may be left out.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class PartFacts:
     pieces: str = ""
     kind: Kind = "file"
     state_bytes: int = 0
+    state_checksum: str = ""
 
     def __post_init__(self) -> None:
         records.integer(self.rank, "rank", 0, MAX_RANKS - 1)
@@ -58,18 +61,21 @@ class PartFacts:
         records.incarnation(self.incarnation)
         check_key(self.object, "object")
         records.integer(self.size_bytes, "size_bytes", 1, MAX_PART_BYTES)
-        if not checksum.is_checksum(self.checksum):
-            raise InvalidInput(f"checksum must be crc64nvme: and 16 hex digits, got {str(self.checksum)[:60]!r}", field="checksum")
+        _check_checksum(self.checksum, "checksum")
         self._check_pieces()
         if self.kind not in ("file", "chunks"):
             raise InvalidInput(f"kind must be file or chunks, got {str(self.kind)[:60]!r}", field="kind")
-        if self.kind == "file" and self.state_bytes == 0:
-            object.__setattr__(self, "state_bytes", self.size_bytes)
+        self._check_state()
+
+    def _check_state(self) -> None:
+        """The file as it was staged, which for ``file`` is the object itself."""
+        for name, own in (("state_bytes", self.size_bytes), ("state_checksum", self.checksum)):
+            if self.kind == "file" and not getattr(self, name):
+                object.__setattr__(self, name, own)
+            if self.kind == "file" and getattr(self, name) != own:
+                raise InvalidInput(f"{name} of a file must be that of the object, {own}, got {getattr(self, name)}", field=name)
         records.integer(self.state_bytes, "state_bytes", 1, MAX_PART_BYTES)
-        if self.kind == "file" and self.state_bytes != self.size_bytes:
-            raise InvalidInput(
-                f"state_bytes of a file must be its size_bytes {self.size_bytes}, got {self.state_bytes}", field="state_bytes"
-            )
+        _check_checksum(self.state_checksum, "state_checksum")
 
     def _check_pieces(self) -> None:
         records.integer(self.piece_bytes, "piece_bytes", 0, MAX_PART_BYTES)
@@ -95,6 +101,7 @@ class Manifest:
         parts: kept in order of rank.
         reason: for people; of an abort and a tombstone.
         data: the merged data state of the step, JSON.
+        metrics: what its trainers said of it, name to number; None for one that was not finite.
     """
 
     decision: Decision
@@ -108,6 +115,7 @@ class Manifest:
     parts: tuple[PartFacts, ...] = ()
     reason: str = ""
     data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    metrics: Metrics = field(default_factory=lambda: MappingProxyType({}))
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -125,6 +133,7 @@ class Manifest:
         if self.parent is not None:
             _point(*self.parent)
         records.moment_ms(self.created_at, "created_at")
+        object.__setattr__(self, "metrics", MappingProxyType(metric_values.checked(self.metrics)))
         if self.decision != "commit" and not self.reason:
             raise InvalidInput(f"reason must say why: the decision is {self.decision}", field="reason")
         self._check_parts()
@@ -144,7 +153,7 @@ class Manifest:
         record = {name.name: getattr(self, name.name) for name in fields(self)}
         record["parts"] = [{name.name: getattr(part, name.name) for name in fields(part)} for part in self.parts]
         record["parent"] = None if self.parent is None else {"run": self.parent[0], "step": self.parent[1]}
-        return records.encode({**record, "data": dict(self.data)})
+        return records.encode({**record, "data": dict(self.data), "metrics": dict(self.metrics)})
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
@@ -154,8 +163,8 @@ class Manifest:
         records.members(record, {name.name for name in fields(cls)}, "the manifest")
         if type(record["parts"]) is not list or type(record["reason"]) is not str:
             raise ManifestInvalid("the manifest's parts must be a list and its reason text")
-        if type(record["data"]) is not dict:
-            raise ManifestInvalid("the manifest's data must be an object")
+        if type(record["data"]) is not dict or type(record["metrics"]) is not dict:
+            raise ManifestInvalid("the manifest's data and metrics must be objects")
         try:
             parts = tuple(_part(part) for part in record.pop("parts"))
             return cls(parts=parts, parent=_parent(record.pop("parent")), **record)
@@ -227,6 +236,11 @@ def _check_version(record: dict[str, Any], what: str) -> None:
     version = record.get("version")
     if type(version) is not int or version != VERSION:
         raise ManifestInvalid(f"{what} has the unknown version {str(version)[:60]}; this dtr reads {VERSION}", field="version")
+
+
+def _check_checksum(value: Any, field: str) -> None:
+    if not checksum.is_checksum(value):
+        raise InvalidInput(f"{field} must be crc64nvme: and 16 hex digits, got {str(value)[:60]!r}", field=field)
 
 
 def _part(record: Any) -> PartFacts:

@@ -14,6 +14,7 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from dtr.checkpoint.device import Devices
 from dtr.checkpoint.locks import Hold, try_lock
 from dtr.checkpoint.slots import SlotFiles, slots_in, worker_folders
 from dtr.checkpoint.space import space_of
 from dtr.errors import StagingFull
+from dtr.failpoints import failpoint
 
-__all__ = ["Stopped", "WarmMaps", "grow", "is_reserved"]
+__all__ = ["Stopped", "WarmMaps", "grow", "is_reserved", "mapped_here"]
 
 BUDGET_LOCK: Final = ".budget.lock"
 _CHUNK_BYTES: Final = 64 << 20  # one fallocate; a signal during it undoes and repeats it, so it is not the whole slot at once
@@ -71,6 +74,7 @@ def grow(path: str, size_bytes: int, *, root: str, budget_bytes: int | None, sto
             os.ftruncate(descriptor, size_bytes)
         try:
             _claim(descriptor, path, size_bytes, root, budget_bytes)
+            failpoint("stage.after_claim")
             _allocate(descriptor, path, size_bytes, stop)
         except BaseException:
             if before:
@@ -149,11 +153,24 @@ def _allocate(descriptor: int, path: str, size_bytes: int, stop: Callable[[], bo
         ) from exc  # fmt: skip
 
 
+_living: Final[weakref.WeakSet[WarmMaps]] = weakref.WeakSet()
+
+
 @dataclass(slots=True)
 class _Map:
     mapping: mmap.mmap
     inode: tuple[int, int]
     size_bytes: int
+    pinned_at: int | None = None  # address under which the devices know it
+    refused: bool = False  # the devices won't have it
+
+
+def mapped_here(path: str, size_bytes: int) -> memoryview | None:
+    """The bytes of a slot as this process has them mapped, if it is the one that filled it: so no page of them is met anew.
+
+    The caller holds the slot's lock, and lets go of the view before that.
+    """
+    return next((view for maps in list(_living) if (view := maps.view(path, size_bytes)) is not None), None)
 
 
 class WarmMaps:
@@ -161,11 +178,20 @@ class WarmMaps:
 
     def __init__(self) -> None:
         self._maps: dict[str, _Map] = {}
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
+        _living.add(self)
+        self._devices: Devices | None = None
 
     @contextlib.contextmanager
-    def buffer(self, files: SlotFiles, size_bytes: int) -> Iterator[memoryview]:
-        """The slot's bytes, writable and every page of them there; the caller holds the slot exclusively and has reserved them."""
+    def buffer(self, files: SlotFiles, size_bytes: int, *, pin: Devices | None = None) -> Iterator[memoryview]:
+        """The slot's bytes, writable and every page of them there; the caller holds the slot exclusively and has reserved them.
+
+        Args:
+            files: of the slot.
+            size_bytes: of its data file.
+            pin: devices that will copy into it: from now on the memory of every slot is made known to them.
+        """
+        self._devices = pin or self._devices
         with memoryview(self._map(files, size_bytes, threads=min(_FAULTING_THREADS, os.cpu_count() or 1))) as view:
             yield view
 
@@ -173,36 +199,86 @@ class WarmMaps:
         """Map a slot ahead of its use, in this thread alone, until ``stop()``; not a byte of it changes."""
         self._map(files, size_bytes, threads=1, stop=stop)
 
+    def view(self, path: str, size_bytes: int) -> memoryview | None:
+        """See :func:`mapped_here`."""
+        with self._mutex:
+            held = self._maps.get(path)
+            if held is None or held.size_bytes < size_bytes:
+                return None
+            status = os.stat(path)
+            return memoryview(held.mapping)[:size_bytes].toreadonly() if held.inode == (status.st_dev, status.st_ino) else None
+
     def drop(self, files: SlotFiles) -> None:
-        """Unmap a slot whose file is about to change its size: a page beyond the end of a file is fatal to touch."""
+        """Unmap a slot whose file is about to go."""
         with self._mutex:
             held = self._maps.pop(files.data, None)
-        if held is not None:
-            _close(held.mapping)
+            if held is not None:
+                self._unpin(held)
+                _close(held.mapping)
 
     def close(self) -> None:
         with self._mutex:
             maps, self._maps = list(self._maps.values()), {}
-        for held in maps:
-            _close(held.mapping)
+            for held in maps:
+                self._unpin(held)
+                _close(held.mapping)
 
     def _map(self, files: SlotFiles, size_bytes: int, *, threads: int, stop: Callable[[], bool] = lambda: False) -> mmap.mmap:
         status = os.stat(files.data)
         inode = (status.st_dev, status.st_ino)
         with self._mutex:
             held = self._maps.get(files.data)
-            if held is not None and held.inode == inode and held.size_bytes == size_bytes:
-                return held.mapping
-        self.drop(files)
-        descriptor = os.open(files.data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            mapping = mmap.mmap(descriptor, size_bytes)
-        finally:
-            os.close(descriptor)
-        _populate(mapping, size_bytes, threads, stop)
+        if held is None or held.inode != inode or not self._resize(held, size_bytes, threads, stop):
+            self.drop(files)
+            mapping = _mapped(files, size_bytes)
+            _populate(mapping, 0, size_bytes, threads, stop)
+            held = _Map(mapping, inode, size_bytes)
+            with self._mutex:
+                self._maps[files.data] = held
+        self._pin(held)
+        return held.mapping
+
+    def _resize(self, held: _Map, size_bytes: int, threads: int, stop: Callable[[], bool]) -> bool:
+        """Follow a file that has another size by now; the pages that stay are not touched anew. False if that cannot be."""
+        if held.size_bytes == size_bytes:
+            return True
         with self._mutex:
-            self._maps[files.data] = _Map(mapping, inode, size_bytes)
-        return mapping
+            self._unpin(held)
+        try:
+            held.mapping.resize(size_bytes)  # its own ftruncate finds the file at this size
+        except (BufferError, OSError, ValueError):  # a view that some traceback holds, or no room at this address
+            return False
+        before, held.size_bytes = held.size_bytes, size_bytes
+        _populate(held.mapping, before // mmap.PAGESIZE * mmap.PAGESIZE, size_bytes, threads, stop)
+        return True
+
+    def _pin(self, held: _Map) -> None:
+        with self._mutex:
+            if self._devices is None or held.pinned_at is not None or held.refused or not held.size_bytes:
+                return
+            address = np.frombuffer(held.mapping, np.uint8).ctypes.data
+            held.refused = not self._devices.pin(address, held.size_bytes)
+            held.pinned_at = None if held.refused else address
+
+    def _unpin(self, held: _Map) -> None:
+        if held.pinned_at is not None and self._devices is not None:
+            self._devices.unpin(held.pinned_at)
+        held.pinned_at, held.refused = None, False
+
+
+def _mapped(files: SlotFiles, size_bytes: int) -> mmap.mmap:
+    descriptor = os.open(files.data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return mmap.mmap(descriptor, size_bytes)
+    except OSError as exc:
+        if exc.errno != errno.ENOMEM:
+            raise
+        raise StagingFull(
+            f"a staging slot of {size_bytes} bytes cannot be mapped: the address space of this process is limited (ulimit -v)",
+            needed_bytes=size_bytes, free_bytes=0,
+        ) from exc  # fmt: skip
+    finally:
+        os.close(descriptor)
 
 
 def _close(mapping: mmap.mmap) -> None:
@@ -215,22 +291,24 @@ def _libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _populate(mapping: mmap.mmap, size_bytes: int, threads: int, stop: Callable[[], bool]) -> None:
-    """Touch every page at once instead of one fault at a time; several threads fault faster than one."""
+def _populate(mapping: mmap.mmap, start: int, end: int, threads: int, stop: Callable[[], bool]) -> None:
+    """Touch the pages from ``start`` on at once instead of one fault at a time; several threads fault faster than one."""
+    if start >= end:
+        return
     whole = np.frombuffer(mapping, dtype=np.uint8)
 
-    def touch(start: int) -> None:
+    def touch(at: int) -> None:
         if stop():
             return
-        length = min(_TOUCH_BYTES, size_bytes - start)
-        if _libc().madvise(ctypes.c_void_p(whole.ctypes.data + start), ctypes.c_size_t(length), _POPULATE_WRITE) != 0:
-            pages = whole[start : start + length : mmap.PAGESIZE]
+        length = min(_TOUCH_BYTES, end - at)
+        if _libc().madvise(ctypes.c_void_p(whole.ctypes.data + at), ctypes.c_size_t(length), _POPULATE_WRITE) != 0:
+            pages = whole[at : at + length : mmap.PAGESIZE]
             np.bitwise_or(pages, 0, out=pages)  # an older kernel: write the first byte of each page as it is
 
-    starts = range(0, size_bytes, _TOUCH_BYTES)
-    if threads == 1 or len(starts) == 1:
-        for start in starts:
-            touch(start)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="dtr-touch") as pool:
-        list(pool.map(touch, starts))
+    starts = range(start, end, _TOUCH_BYTES)
+    if threads > 1 and len(starts) > 1:
+        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(threads, thread_name_prefix="dtr-touch") as pool:
+            list(pool.map(touch, starts))
+            return
+    for at in starts:  # also if no thread can be had
+        touch(at)

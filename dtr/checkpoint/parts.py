@@ -9,13 +9,14 @@ decision record back from the store calls ``decide``. Every call may be sent twi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, cast
+from dataclasses import dataclass, field
+from typing import Any, Final
 
+from dtr.checkpoint import metrics as metric_values
 from dtr.checkpoint.manifest import PartFacts, Replicated
-from dtr.errors import InvalidInput, StateCorrupt
-from dtr.state.client import translate
+from dtr.checkpoint.metrics import Metrics
+from dtr.checkpoint.part_views import CheckpointView, PartView, open_checkpoints, read
+from dtr.errors import InvalidInput
 from dtr.state.job import JobState
 
 __all__ = [
@@ -41,15 +42,14 @@ __all__ = [
 
 OPEN_STATES: Final = ("WRITING", "SEALED", "ABORTING")
 FINAL_STATES: Final = ("COMMITTED", "ABANDONED", "ABORTED")
-_PART_FIELDS: Final = (
-    "state", "worker", "incarnation", "host", "save", "size_bytes", "object", "checksum", "uploader", "lease_until", "retry_at",
-    "attempts", "failures", "progress_bytes", "error", "object_bytes", "piece_bytes", "pieces", "kind",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What all ranks must say alike about one checkpoint. ``writer`` is the rank that writes a state of which all is replicated."""
+    """What all ranks must say alike about one checkpoint.
+
+    ``writer`` is the rank that writes a state of which all is replicated; ``structure`` the digest of what is, where only some is.
+    """
 
     run: str
     step: int
@@ -57,10 +57,12 @@ class Spec:
     store: str
     replicated: Replicated = "none"
     writer: int = 0
+    structure: str = ""
 
     def facts(self) -> list[Any]:
         """world_size, replicated, writer, store as the scripts take them."""
-        return [self.world_size, self.replicated, self.writer if self.replicated == "all" else "", self.store]
+        replicated = f"{self.replicated} {self.structure}".rstrip()
+        return [self.world_size, replicated, self.writer if self.replicated == "all" else "", self.store]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +77,11 @@ class Fence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedPart:
-    """A part that is complete in a slot; ``save`` is the id of that ``save_async``."""
+    """A part that is complete in a slot; ``save`` is the id of that ``save_async``, ``metrics`` what was said of it."""
 
     size_bytes: int
     save: str
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,56 +113,6 @@ class Claim:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartView:
-    """One rank's part as Redis knows it. ``size_bytes`` were staged; ``object_bytes`` has the object, which is less for chunks."""
-
-    rank: int
-    state: str
-    worker: str
-    incarnation: str
-    host: str
-    save: str
-    size_bytes: int
-    object: str
-    checksum: str
-    uploader: str
-    lease_until_ms: int
-    retry_at_ms: int
-    attempts: int
-    failures: int
-    progress_bytes: int
-    error: str
-    object_bytes: int
-    piece_bytes: int
-    pieces: str
-    kind: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointView:
-    """A checkpoint as Redis knows it, with the server's clock at that moment."""
-
-    run: str
-    step: int
-    state: str
-    reason: str
-    world_size: int
-    expected: int
-    replicated: Replicated
-    writer: int
-    store: str
-    created_at_ms: int
-    sealed_at_ms: int
-    parts: Mapping[int, PartView]
-    now_ms: int
-
-    @property
-    def expected_ranks(self) -> range:
-        """The ranks whose parts complete the checkpoint."""
-        return range(self.writer, self.writer + 1) if self.replicated == "all" else range(self.world_size)
-
-
 # --- trainers -------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +132,7 @@ def begin(state: JobState, state_id: str, spec: Spec, who: Fence, part: StagedPa
         [k.meta, k.roster, k.run(spec.run), *_ckpt(state, spec.run, spec.step), k.ckpts, k.open_ckpts, k.events],
         [
             state_id, spec.run, spec.step, who.rank, who.worker, who.incarnation, who.host, *spec.facts(),
-            part.size_bytes if part else 0, part.save if part else "",
+            part.size_bytes if part else 0, part.save if part else "", metric_values.encode(part.metrics) if part else "",
         ],
     )  # fmt: skip
     return Placed(state=answer[0], part_state=answer[1], save=answer[2])
@@ -210,8 +163,11 @@ def register(state: JobState, spec: Spec, who: Fence, part: StagedPart) -> Place
     answer = state.call(
         "part_register",
         [k.meta, k.run(spec.run), k.lineage, *_ckpt(state, spec.run, spec.step), k.ckpts, k.open_ckpts, k.events],
-        [spec.run, spec.step, who.rank, who.worker, who.incarnation, who.host, *spec.facts(), part.size_bytes, part.save],
-    )
+        [
+            spec.run, spec.step, who.rank, who.worker, who.incarnation, who.host, *spec.facts(), part.size_bytes, part.save,
+            metric_values.encode(part.metrics),
+        ],
+    )  # fmt: skip
     return Placed(state=answer[0], part_state=answer[1], save=answer[2])
 
 
@@ -220,7 +176,7 @@ def claim(state: JobState, run: str, step: int, rank: int, *, host: str, token: 
     k = state.keys
     answer = state.call(
         "part_claim",
-        [k.meta, *_ckpt(state, run, step), k.events],
+        [k.meta, *_ckpt(state, run, step), k.transfer(run, step, rank), k.events],
         [run, step, rank, host, token, nonce, lease_ms, max_attempts],
     )
     match answer[0]:
@@ -257,10 +213,10 @@ def done(state: JobState, run: str, step: int, facts: PartFacts, *, nonce: str) 
     """
     answer = state.call(
         "part_done",
-        [state.keys.meta, *_ckpt(state, run, step), state.keys.events],
+        [state.keys.meta, *_ckpt(state, run, step), *_shares(state, run, step, facts.rank), state.keys.events],
         [
             run, step, facts.rank, nonce, facts.object, facts.size_bytes, facts.checksum, facts.piece_bytes, facts.pieces, facts.kind,
-            facts.state_bytes,
+            facts.state_bytes, facts.state_checksum,
         ],
     )  # fmt: skip
     return answer[0] or "", answer[1] if len(answer) > 1 else ""
@@ -275,7 +231,9 @@ def lose(state: JobState, run: str, step: int, rank: int, *, seen: str, reason: 
 # --- whoever read the decision --------------------------------------------------------------------------------------
 
 
-def decide(state: JobState, run: str, step: int, *, decision: str, reason: str = "", size_bytes: int = 0) -> str:
+def decide(
+    state: JobState, run: str, step: int, *, decision: str, reason: str = "", size_bytes: int = 0, metrics: Metrics | None = None
+) -> str:
     """Record the store's decision, after it was read back. Returns the checkpoint's state, UNKNOWN if Redis has none.
 
     Raises:
@@ -284,91 +242,14 @@ def decide(state: JobState, run: str, step: int, *, decision: str, reason: str =
     k = state.keys
     answer = state.call(
         "ckpt_decide",
-        [k.meta, k.lineage, k.ckpt(run, step), k.open_ckpts, k.events],
-        [run, step, decision, _line(reason), size_bytes],
+        [k.meta, k.lineage, k.ckpt(run, step), k.open_ckpts, k.events, k.failed_saves],
+        [run, step, decision, _line(reason), size_bytes, metric_values.encode(metrics or {})],
     )
     return str(answer)
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def read(state: JobState, run: str, step: int, ranks: Sequence[int] | None = None) -> CheckpointView | None:
-    """The checkpoint and its parts (those of ``ranks`` alone, if given) at one moment; None if Redis has none.
-
-    Raises:
-        StateCorrupt: a field is missing or no number.
-    """
-    with translate(state.url):
-        pipeline = state.redis.pipeline(transaction=True)
-        pipeline.hgetall(state.keys.ckpt(run, step))
-        names = [f"{rank}/{field}" for rank in ranks or () for field in _PART_FIELDS]
-        if ranks is None:
-            pipeline.hgetall(state.keys.parts(run, step))
-        elif names:
-            pipeline.hmget(state.keys.parts(run, step), names)
-        pipeline.time()
-        fields, *found, (seconds, microseconds) = pipeline.execute()
-    part_fields = found[0] if ranks is None else {n: v for n, v in zip(names, found[0] if found else (), strict=True) if v is not None}
-    if not fields:
-        return None
-    try:
-        return CheckpointView(
-            run=run,
-            step=step,
-            state=fields["state"],
-            reason=fields.get("reason", ""),
-            world_size=int(fields["world_size"]),
-            expected=int(fields["expected"]),
-            replicated=cast("Replicated", fields["replicated"]),
-            writer=int(fields.get("writer") or 0),
-            store=fields["store"],
-            created_at_ms=int(fields.get("created_at") or 0),
-            sealed_at_ms=int(fields.get("sealed_at") or 0),
-            parts=_parts(part_fields),
-            now_ms=int(seconds) * 1000 + int(microseconds) // 1000,
-        )
-    except (KeyError, ValueError) as exc:
-        raise StateCorrupt(f"{state.keys.ckpt(run, step)} lacks a field or holds a wrong one: {exc}") from exc
-
-
-def open_checkpoints(state: JobState) -> list[tuple[str, int]]:
-    """Run and step of every checkpoint without a decision, oldest first."""
-    with translate(state.url):
-        members = state.redis.zrange(state.keys.open_ckpts, 0, -1)
-    return [(run, int(step)) for run, _, step in (member.rpartition("/") for member in members) if step.isdigit()]
-
-
-def _parts(fields: Mapping[str, str]) -> dict[int, PartView]:
-    by_rank: dict[int, dict[str, str]] = {}
-    for name, value in fields.items():
-        rank, _, field = name.partition("/")
-        by_rank.setdefault(int(rank), {})[field] = value
-    return {
-        rank: PartView(
-            rank=rank,
-            state=held.get("state", ""),
-            worker=held.get("worker", ""),
-            incarnation=held.get("incarnation", ""),
-            host=held.get("host", ""),
-            save=held.get("save", ""),
-            size_bytes=int(held.get("size_bytes") or 0),
-            object=held.get("object", ""),
-            checksum=held.get("checksum", ""),
-            uploader=held.get("uploader", ""),
-            lease_until_ms=int(held.get("lease_until") or 0),
-            retry_at_ms=int(held.get("retry_at") or 0),
-            attempts=int(held.get("attempts") or 0),
-            failures=int(held.get("failures") or 0),
-            progress_bytes=int(held.get("progress_bytes") or 0),
-            error=held.get("error", ""),
-            object_bytes=int(held.get("object_bytes") or 0),
-            piece_bytes=int(held.get("piece_bytes") or 0),
-            pieces=held.get("pieces", ""),
-            kind=held.get("kind", "file"),
-        )
-        for rank, held in sorted(by_rank.items())
-    }
+def _shares(state: JobState, run: str, step: int, rank: int) -> list[str]:
+    return [state.keys.transfer(run, step, rank), state.keys.run(run), state.keys.ckpt_data(run, step)]
 
 
 def _ckpt(state: JobState, run: str, step: int) -> list[str]:

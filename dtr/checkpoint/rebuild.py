@@ -10,8 +10,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from dtr.checkpoint import metrics
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, head_of
 from dtr.checkpoint.manifest import Manifest, RunRecord
+from dtr.checkpoint.pins import read_pins
 from dtr.checkpoint.survey import (
     Holdings,
     in_parallel,
@@ -22,6 +24,7 @@ from dtr.checkpoint.survey import (
     read_manifest,
     read_record,
     records,
+    retiring_key,
     survey,
 )
 from dtr.errors import IntegrityError, NotFound, StateLost
@@ -75,12 +78,26 @@ def index_run(state: JobState, store: Store, url: str, run: str, *, state_id: st
 
 
 def index_checkpoint(state: JobState, store: Store, url: str, run: str, step: int) -> str:
-    """Tell Redis of one checkpoint from its decision record; its state, '' if the store has no decision or retired it."""
+    """Tell Redis of one checkpoint from its decision record; its state, '' if the store has no decision or retired it.
+
+    A pin, or that it is about to be retired, is told as well.
+    """
     try:
         manifest = read_manifest(store, run, step)
     except NotFound:
         return ""
-    return _index_checkpoint(state, _state_id(state), manifest, url)
+    return _index_checkpoint(
+        state, _state_id(state), manifest, url,
+        pinned=read_pins(store, [(run, step)]).get((run, step), ""), retiring=_exists(store, retiring_key(run, step)),
+    )  # fmt: skip
+
+
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.size(key)
+    except NotFound:
+        return False
+    return True
 
 
 def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> int:
@@ -88,6 +105,7 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     holdings = survey(store)
     found = records(store, holdings)
     manifests = _manifests(store, holdings)
+    notes = read_pins(store, holdings.pinned)
     links = links_of(found)
     for record in found.values():
         _index_run(state, state_id, record, url)
@@ -99,7 +117,7 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     # Aborts older than the newest commit concern nobody any more: the store keeps them, the index need not.
     after = commits if newest is None else [*commits, *(c for c, m in manifests.items() if m.decision == "abort" and c[1] > newest[1])]
     for name in sorted(after, key=lambda c: (c[1], c[0])):
-        _index_checkpoint(state, state_id, manifests[name], url)
+        _index_checkpoint(state, state_id, manifests[name], url, pinned=notes.get(name, ""), retiring=name in holdings.retiring)
     log.info("job %s: %d runs and %d checkpoints of %s are indexed", state.job, len(found), len(after), url)
     return max((run_number(run) for run in holdings.every_run), default=0)
 
@@ -155,7 +173,7 @@ def _index_lineage(
     )
 
 
-def _index_checkpoint(state: JobState, state_id: str, manifest: Manifest, url: str) -> str:
+def _index_checkpoint(state: JobState, state_id: str, manifest: Manifest, url: str, *, pinned: str, retiring: bool) -> str:
     if manifest.decision not in {"commit", "abort"}:
         return ""
     keys, run, step = state.keys, manifest.run, manifest.step
@@ -163,8 +181,8 @@ def _index_checkpoint(state: JobState, state_id: str, manifest: Manifest, url: s
     for part in manifest.parts:
         fields = {
             "state": "done", "worker": part.worker, "incarnation": part.incarnation, "object": part.object,
-            "size_bytes": part.state_bytes, "checksum": part.checksum, "object_bytes": part.size_bytes,
-            "piece_bytes": part.piece_bytes, "pieces": part.pieces, "kind": part.kind,
+            "size_bytes": part.state_bytes, "checksum": part.checksum, "state_checksum": part.state_checksum,
+            "object_bytes": part.size_bytes, "piece_bytes": part.piece_bytes, "pieces": part.pieces, "kind": part.kind,
         }  # fmt: skip
         facts += [word for name, value in fields.items() for word in (f"{part.rank}/{name}", value)]
     answer = state.call(
@@ -172,7 +190,8 @@ def _index_checkpoint(state: JobState, state_id: str, manifest: Manifest, url: s
         [keys.meta, keys.lineage, keys.ckpt(run, step), keys.parts(run, step), keys.ckpts, keys.open_ckpts, keys.events],
         [
             state_id, run, step, manifest.decision, manifest.reason or "", manifest.world_size, manifest.replicated, url,
-            manifest.created_at, sum(part.state_bytes for part in manifest.parts), *facts,
+            manifest.created_at, sum(part.state_bytes for part in manifest.parts), metrics.encode(manifest.metrics), pinned,
+            int(retiring) or "", *facts,
         ],
     )  # fmt: skip
     return str(answer)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from dtr.checkpoint import parts
+from dtr.checkpoint import handover, parts
 from dtr.checkpoint.locks import is_held
 from dtr.checkpoint.parts import CheckpointView, PartView
 from dtr.checkpoint.reclaim import reclaim
@@ -38,6 +38,7 @@ _SETTLE_AFTER_MS: Final = 1_000  # whoever sealed it is about to decide it
 _OTHERS_SETTLE_AFTER_S: Final = 10.0  # hosts that hold no part of it come in only if the others do not
 _HOST_GONE_AFTER_S: Final = 30.0
 _UNKNOWN_FOR_S: Final = 3600.0
+_SHARE_WITHIN_S: Final = 3.0
 _COMPARE_FOR_S: Final = 30.0  # how long a step that was saved twice may be compared by its living trainer
 
 Act = Literal["wait", "register", "upload", "lose"]
@@ -63,6 +64,7 @@ class Look:
     open_checkpoints: int = 0
     reclaimed_bytes: int = 0
     wakes: list[Wake] = field(default_factory=list)
+    collects: list[str] = field(default_factory=list)  # jobs of which retention should look again
 
 
 def judge(part: PartView | None, slot: str, gone: str, now_ms: int) -> tuple[Act, str]:
@@ -97,15 +99,18 @@ class Reconciler:
         redis_url: the coordinator.
         staging: this host's staging folder.
         host: its id.
+        collect_interval_s: how often each job is collected, by whichever host comes first.
     """
 
-    def __init__(self, *, redis_url: str, staging: str, host: str, clock: Clock = SYSTEM) -> None:
+    def __init__(self, *, redis_url: str, staging: str, host: str, collect_interval_s: float = 300.0, clock: Clock = SYSTEM) -> None:
         self.redis_url, self.staging, self.host, self._clock = redis_url, staging, host, clock
         self._redis = connect(redis_url, name="dtr-reconcile", max_connections=4)
         self._rosters: dict[tuple[str, str], dict[int, tuple[str, Member]]] = {}
         self._since: dict[tuple[str, ...], float] = {}
         self._seen: set[tuple[str, ...]] = set()
         self._away_since: dict[str, float] = {}
+        self._collect_interval_s = collect_interval_s
+        self._collected_s: dict[str, float] = {}
 
     def look(self) -> Look:
         """Look once at everything; afterwards ``wakes`` says which messages are worth sending.
@@ -125,7 +130,9 @@ class Reconciler:
         for slot in slots:
             if slot.kind == "FOREIGN":
                 self._once(("foreign", slot.files.data), f"slot {slot.files.data} belongs to another version or user, and is left alone")
-        for job in sorted(self._jobs() | {slot.record.job for slot in staged if slot.record is not None}):
+        jobs = self._jobs()
+        found.collects = [job for job in sorted(jobs) if self._collects(job)]
+        for job in sorted(jobs | {slot.record.job for slot in staged if slot.record is not None}):
             state = JobState(self.redis_url, job, client=self._redis)
             try:
                 self._look_at_job(state, [slot for slot in staged if slot.record is not None and slot.record.job == job], found)
@@ -152,6 +159,15 @@ class Reconciler:
             except InvalidInput:
                 log.debug("%s lists %r, which is no job", JOBS, job)
         return jobs
+
+    def _collects(self, job: str) -> bool:
+        """Whether it is time to collect a job; the first time somewhere within the interval, so that hosts do not ask all at once."""
+        now_s = self._clock.monotonic()
+        last_s = self._collected_s.setdefault(job, now_s - random.random() * self._collect_interval_s)
+        if now_s - last_s < self._collect_interval_s:
+            return False
+        self._collected_s[job] = now_s
+        return True
 
     def _look_at_job(self, state: JobState, staged: list[Found], found: Look) -> None:
         opened = parts.open_checkpoints(state)
@@ -183,6 +199,7 @@ class Reconciler:
         for rank in ours:
             if rank in view.expected_ranks:
                 self._look_at_part(state, view, rank, mine, roster, found)
+        self._look_at_shares(state, view, ours, roster)
         self._look_at_other_hosts(state, view, roster)
 
     def _look_at_part(
@@ -202,6 +219,17 @@ class Reconciler:
             found.wakes.append(Wake(job=state.job, run=view.run, step=view.step, rank=rank))
         elif act == "lose":
             self._lose(state, view, rank, part, reason)
+
+    def _look_at_shares(self, state: JobState, view: CheckpointView, ours: list[int], roster: dict[int, tuple[str, Member]]) -> None:
+        """Ranks that have no part, and died before they told their share of the data state: nobody else knows it."""
+        others = [rank for rank in ours if rank not in view.expected_ranks]
+        if not others or not handover.is_needed(state, view.run):
+            return
+        for rank in handover.missing(state, view.run, view.step, view.world_size):
+            gone = self._gone(state, view.run, rank, roster) if rank in others else ""
+            # A living member still tells it after its run has ended; what a dead one has sent may be on its way.
+            if gone and self._waited_s(("share", state.job, view.run, str(view.step), str(rank))) > _SHARE_WITHIN_S:
+                self._lose(state, view, rank, None, f"{gone}, and with it its share of the data state")
 
     def _look_at_other_hosts(self, state: JobState, view: CheckpointView, roster: dict[int, tuple[str, Member]]) -> None:
         """Parts of a host where nobody uploads any more: aborted once their members are gone as well. One host in turn does it."""

@@ -1,142 +1,158 @@
-"""Keep the newest commits of the lineage and let the others go, one crash-proof step after the other.
+"""Which commits a job keeps. Pure: ``plan`` decides from the index alone, ``dtr.checkpoint.collect`` acts.
 
-    retire      Redis: refused for the newest commit, for what the newest run continues, and while that is being chosen
-    tombstone   store: replaces the manifest, so that no reader starts on it any more
-    delete      the objects, once the grace of readers under way has passed since the tombstone was written
-    forget      Redis: the checkpoint leaves the index; the tombstone stays, so that nothing late can revive it
+A commit stays if any of these says so:
 
-Each step is decided by what the one before it left behind, so a collector may die anywhere, sleep for an hour, or run twice at once.
+    newest, continued    always: the newest commit of the lineage, and what the newest run continues
+    pinned               until it is unpinned
+    keep_last  n         the newest n of the lineage
+    keep_every m         of each m steps (0 to m - 1, m to 2m - 1, ...) the lineage's first
+    keep_best  rules     ``loss:min:3``: the 3 of the lineage with the lowest loss; equal ones: the newer
+    keep_for_s t         those of the lineage that were begun less than t ago, by the server's clock
+
+Without any rule everything stays. What the lineage left behind can never be restored by the job, so it goes as soon as something newer
+is safe, unless it is pinned.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
-from dtr.checkpoint.lineage import Checkpoint, Lineage, split_name
-from dtr.checkpoint.manifest import Manifest
-from dtr.checkpoint.survey import Indexed, indexed, lineage_in_index, manifest_key, read_manifest
+from dtr import names
+from dtr.checkpoint.lineage import Checkpoint, Lineage
+from dtr.checkpoint.survey import Indexed
 from dtr.config import Settings
-from dtr.errors import IntegrityError, NotFound
-from dtr.failpoints import failpoint
-from dtr.state.client import translate
-from dtr.state.job import JobState
-from dtr.store import Store, open_store
+from dtr.errors import InvalidInput, StateCorrupt
 
-__all__ = ["Plan", "apply", "collect", "plan"]
+__all__ = ["Kept", "Plan", "Policy", "plan"]
 
-log = logging.getLogger(__name__)
+FORGET_AFTER_MS: Final = 3_600_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Rules of one job; 0 and empty: no such rule. ``grace_ms``: how long objects outlive their manifest, for readers under way."""
+
+    keep_last: int = 0
+    keep_every: int = 0
+    keep_best: tuple[tuple[str, str, int], ...] = ()
+    keep_for_ms: int = 0
+    grace_ms: int = 600_000
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no rule was given."""
+        return not (self.keep_last or self.keep_every or self.keep_best or self.keep_for_ms)
+
+    @classmethod
+    def of_settings(cls, settings: Settings) -> Self:
+        """What the settings say."""
+        return cls(
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            keep_best=names.best_rules(settings.keep_best),
+            keep_for_ms=int(settings.keep_for_s * 1000),
+            grace_ms=int(settings.reader_grace_s * 1000),
+        )
+
+    @classmethod
+    def of_run(cls, held: Mapping[str, str], default: Policy, key: str) -> Policy:
+        """What a run was started with, as Redis's hash ``key`` has it; ``default`` for a run that was rebuilt from the store."""
+        if not held.get("keep_last"):
+            return default
+        try:
+            return cls(
+                keep_last=int(held["keep_last"]),
+                keep_every=int(held.get("keep_every") or 0),
+                keep_best=names.best_rules(held.get("keep_best")),
+                keep_for_ms=int(held.get("keep_for_ms") or 0),
+                grace_ms=int(held.get("grace_ms") or default.grace_ms),
+            )
+        except (ValueError, InvalidInput) as exc:
+            raise StateCorrupt(f"{key} has a rule of retention that is none: {exc}") from exc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A commit that stays, and every reason for that."""
+
+    run: str
+    step: int
+    why: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What to do: ``retire`` is to be tombstoned, oldest first; ``sweep`` was retired before; ``forget`` concerns nobody any more."""
 
+    keep: tuple[Kept, ...] = ()
     retire: tuple[Checkpoint, ...] = ()
     sweep: tuple[Checkpoint, ...] = ()
     forget: tuple[Checkpoint, ...] = ()
 
 
-def plan(indexed: Iterable[Indexed], lineage: Lineage, *, keep_last: int, protected: frozenset[Checkpoint], old_ms: int) -> Plan:
+def plan(
+    indexed: Iterable[Indexed], lineage: Lineage, policy: Policy, *, protected: Mapping[Checkpoint, str] | None = None, now_ms: int = 0
+) -> Plan:
     """What retention does about the checkpoints in the index.
 
     Args:
         indexed: of one store.
         lineage: of the job in that store.
-        keep_last: newest commits of the lineage to keep; 0 keeps all.
-        protected: checkpoints that stay whatever their age: the newest, and what the newest run continues.
-        old_ms: what was aborted before this is forgotten.
+        policy: the rules.
+        protected: checkpoints that stay whatever the rules say, and why.
+        now_ms: the server's clock.
     """
     found = list(indexed)
-    sweep = tuple((c.run, c.step) for c in found if c.retired)
-    if keep_last == 0:
-        return Plan(sweep=sweep)
-    commits = [(c.run, c.step) for c in found if c.state == "COMMITTED" and not c.retired]
-    kept = set(lineage.newest_first(commits)[:keep_last]) | protected
-    # What the lineage left behind can never be restored; it goes once something newer is safe.
-    left = [(c.run, c.step) for c in found if c.state == "ABANDONED" and not c.retired and kept]
-    retire = sorted({c for c in [*commits, *left] if c not in kept}, key=lambda c: (c[1], c[0]))
-    forget = tuple((c.run, c.step) for c in found if c.state == "ABORTED" and c.decided_at_ms < old_ms)
-    return Plan(retire=tuple(retire), sweep=sweep, forget=forget)
-
-
-def collect(store: Store, state: JobState, *, keep_last: int | None = None, reader_grace_s: float | None = None) -> Plan:
-    """Apply retention to the job's store; what was done.
-
-    Args:
-        store: of the job (the folder of the job in the store).
-        state: the job.
-        keep_last: commits of the lineage to keep; default: what the newest run was started with.
-        reader_grace_s: how long objects outlive their manifest; default: likewise.
-
-    Does nothing if the newest run lives in another store, or has not yet fixed what it continues.
-
-    Raises:
-        StoreUnavailable, CoordinatorUnavailable: the rest is done at the next call.
-    """
-    keys = state.keys
-    with translate(state.url):
-        last_run, latest = state.redis.hmget(keys.meta, ["last_run", "latest"])
-        run = state.redis.hgetall(keys.run(last_run)) if last_run else {}
-    if run.get("base_state") != "SET" or open_store(run["store"]).child(state.job).url != store.url:
-        return Plan()
-    keep = int(run.get("keep_last") or Settings.load().keep_last) if keep_last is None else keep_last
-    grace_s = float(run["grace_ms"]) / 1000 if run.get("grace_ms") else Settings.load().reader_grace_s
-    grace_ms = int((grace_s if reader_grace_s is None else reader_grace_s) * 1000)
-    lineage, _ = lineage_in_index(state)
-    base = (run["base_run"], int(run["base_step"])) if run.get("base_run") and run.get("base_step") else None
-    protected = frozenset(c for c in (split_name(latest or ""), base) if c is not None)
-    now_ms = state.server_now_ms()
-    todo = plan(indexed(state, run["store"]), lineage, keep_last=keep, protected=protected, old_ms=now_ms - max(grace_ms, 3_600_000))
-    apply(store, state, todo, last_run=last_run, grace_ms=grace_ms)
-    return todo
-
-
-def apply(store: Store, state: JobState, todo: Plan, *, last_run: str, grace_ms: int) -> None:
-    """Do what ``plan`` said, as far as Redis still agrees."""
-    for run, step in [*todo.retire, *todo.sweep]:
-        if not _retire(state, last_run, run, step):
-            continue
-        try:
-            manifest = _tombstone(store, state, run, step)
-        except IntegrityError as exc:  # what it names is not known, so nothing of it is touched
-            log.error("run %s step %d cannot be retired: %s", run, step, exc)
-            continue
-        if manifest is None or manifest.created_at + grace_ms <= state.server_now_ms():
-            _delete(store, run, step, manifest)
-            _forget(state, run, step)
-    for run, step in todo.forget:
-        _forget(state, run, step)
-
-
-def _retire(state: JobState, last_run: str, run: str, step: int) -> bool:
-    keys = state.keys
-    answer = state.call(
-        "retention_retire", [keys.meta, keys.run(last_run), keys.restore(last_run), keys.ckpt(run, step)], [last_run, f"{run}/{step}"]
+    standing = {(c.run, c.step): c for c in found if c.state in {"COMMITTED", "ABANDONED"} and not c.retired}
+    on = [c for c in lineage.newest_first(standing) if standing[c].state == "COMMITTED"]
+    why: dict[Checkpoint, list[str]] = {}
+    for name, reason in _reasons(standing, on, policy, now_ms):
+        why.setdefault(name, []).append(reason)
+    for name, reason in (protected or {}).items():
+        if name in standing:
+            why.setdefault(name, []).append(reason)
+    if policy.keeps_all:
+        why = {name: why.get(name, ["no rule lets it go"]) for name in standing}
+    elif not on:  # nothing is safe yet: what was left behind may be all there is
+        why = {name: why.get(name, ["nothing newer is safe"]) for name in standing}
+    old_ms = now_ms - max(policy.grace_ms, FORGET_AFTER_MS)
+    order = on + sorted(set(standing) - set(on), key=_by_step, reverse=True)
+    return Plan(
+        keep=tuple(Kept(run=name[0], step=name[1], why=tuple(dict.fromkeys(why[name]))) for name in order if name in why),
+        retire=tuple(sorted(set(standing) - set(why), key=_by_step)),
+        sweep=tuple((c.run, c.step) for c in found if c.retired),
+        forget=tuple((c.run, c.step) for c in found if c.state == "ABORTED" and c.decided_at_ms < old_ms),
     )
-    return bool(int(answer))
 
 
-def _tombstone(store: Store, state: JobState, run: str, step: int) -> Manifest | None:
-    """The tombstone that stands for the checkpoint from now on; None: there is no record left to replace."""
-    try:
-        manifest = read_manifest(store, run, step)
-    except NotFound:
-        return None
-    if manifest.decision == "commit":
-        manifest = replace(manifest, decision="tombstone", created_at=state.server_now_ms(), reason="retention")
-        store.put(manifest_key(run, step), manifest.encode())
-        failpoint("retention.after_tombstone")
-        log.info("run %s step %d is retired; its objects go when readers have had their time", run, step)
-    return manifest
+def _by_step(name: Checkpoint) -> tuple[int, str]:
+    return name[1], name[0]
 
 
-def _delete(store: Store, run: str, step: int, manifest: Manifest | None) -> None:
-    for part in manifest.parts if manifest is not None else ():
-        store.delete(part.object)
+def _reasons(standing: Mapping[Checkpoint, Indexed], on: list[Checkpoint], policy: Policy, now_ms: int) -> Iterable[tuple[Checkpoint, str]]:
+    """(checkpoint, why it stays), by each rule in turn; ``on``: the commits of the lineage, the newest first."""
+    if on:
+        yield on[0], "newest"
+    for name, one in standing.items():
+        if one.pinned:
+            yield name, "pinned" if one.pinned == "-" else f"pinned: {one.pinned}"
+    for name in on[: policy.keep_last]:
+        yield name, f"one of the last {policy.keep_last}"
+    if policy.keep_every:
+        firsts = {name[1] // policy.keep_every: name for name in sorted(on, key=_by_step, reverse=True)}
+        for name in firsts.values():
+            yield name, f"first of its {policy.keep_every} steps"
+    for metric, mode, count in policy.keep_best:
+        for name in _best(on, standing, metric, mode)[:count]:
+            yield name, f"{metric} {standing[name].metrics[metric]:.6g}: one of the {count} {'lowest' if mode == 'min' else 'highest'}"
+    for name in on if policy.keep_for_ms else ():
+        if standing[name].created_at_ms > now_ms - policy.keep_for_ms:
+            yield name, "young"
 
 
-def _forget(state: JobState, run: str, step: int) -> None:
-    keys = state.keys
-    state.call("retention_forget", [keys.ckpts, keys.ckpt(run, step), keys.parts(run, step)], [f"{run}/{step}"])
+def _best(on: list[Checkpoint], standing: Mapping[Checkpoint, Indexed], metric: str, mode: str) -> list[Checkpoint]:
+    """Those that have a finite value of the metric, the best first; ``sorted`` is stable, so of equal ones the newer comes first."""
+    valued: list[tuple[Any, Checkpoint]] = [(value, name) for name in on if (value := standing[name].metrics.get(metric)) is not None]
+    return [name for _, name in sorted(valued, key=lambda pair: pair[0] if mode == "min" else -pair[0])]

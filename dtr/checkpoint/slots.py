@@ -25,6 +25,7 @@ from functools import cache
 from typing import Any, Final, Literal
 
 from dtr import names
+from dtr.checkpoint import metrics as metric_values
 from dtr.checkpoint import records
 from dtr.checkpoint.locks import is_held, try_lock
 from dtr.checkpoint.manifest import Replicated
@@ -39,6 +40,7 @@ __all__ = [
     "boot_id",
     "fallback",
     "finish",
+    "holds",
     "open_for_reading",
     "roots",
     "scan",
@@ -78,6 +80,10 @@ class SlotRecord:
     host: str
     store: str
     replicated: Replicated = "none"
+    structure: str = ""
+    delta: str = "off"
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    data: str = ""
     size_bytes: int = 0
     save: str = field(default_factory=lambda: secrets.token_hex(8))
     boot_id: str = field(default_factory=boot_id)
@@ -110,6 +116,7 @@ class SlotRecord:
             for word in ("run", "worker", "host", "save"):
                 names.name(document[word], word)
             records.incarnation(document["incarnation"])
+            metric_values.checked(document["metrics"])
             names.step(document["step"])
             names.rank(document["rank"], names.positive(document["world_size"], "world_size"))
         except DtrError:
@@ -123,7 +130,8 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 _KINDS: Final[dict[str, Any]] = {
     "state": str, "job": str, "run": str, "step": int, "rank": int, "world_size": int, "worker": str, "incarnation": str,
-    "host": str, "store": str, "replicated": str, "size_bytes": int, "save": str, "boot_id": str, "pid": int,
+    "host": str, "store": str, "replicated": str, "structure": str, "delta": str, "metrics": dict, "data": str, "size_bytes": int,
+    "save": str, "boot_id": str, "pid": int,
     "staged_at": (int, float), "outcome": str, "reason": str,
 }  # fmt: skip
 
@@ -290,8 +298,11 @@ def _without_record(files: SlotFiles) -> Kind:
 
 
 @contextlib.contextmanager
-def open_for_reading(found: Found) -> Iterator[Reading]:
+def open_for_reading(found: Found, *, also_done: bool = False) -> Iterator[Reading]:
     """Hold the shared lock, and with it the guarantee that the bytes stay those of this save until the block ends.
+
+    With ``also_done`` the save may be over: its bytes are still there as long as its trainer lives and has not reused the slot. Whoever
+    asks for that knows their checksum, since nothing else says that they are whole.
 
     Raises:
         SlotUnavailable: the slot is being written, or holds something else by now.
@@ -305,7 +316,8 @@ def open_for_reading(found: Found) -> Iterator[Reading]:
         raise SlotUnavailable(f"slot {files.data} is being written or reclaimed", path=files.data, busy=True)
     with hold:
         now = look(files)
-        if now.kind != "STAGED" or now.record is None or wanted is None or now.record.save != wanted.save:
+        whole = now.kind == "STAGED" or (also_done and now.kind == "DONE" and now.record is not None and holds(now))
+        if not whole or now.record is None or wanted is None or now.record.save != wanted.save:
             raise SlotUnavailable(f"slot {files.data} no longer holds this save", path=files.data, busy=False)
         descriptor = os.open(files.data, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -328,6 +340,11 @@ def _mapped(descriptor: int, size_bytes: int) -> Iterator[memoryview]:
         with contextlib.suppress(BufferError):  # a view that an error's traceback still holds; the last one to go unmaps it
             view.release()
             mapping.close()
+
+
+def holds(found: Found) -> bool:
+    """Whether the slot's file still has the size that its record tells."""
+    return found.record is not None and found.files.size_bytes() == found.record.size_bytes > 0
 
 
 def finish(found: Found, outcome: str, reason: str = "") -> bool:

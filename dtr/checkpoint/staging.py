@@ -1,8 +1,7 @@
 """The trainer's side of staging: slots that are reserved, kept warm, and filled at the speed of memory.
 
-``Arena.acquire`` finds a slot and reserves its bytes, ``Slot.write`` copies a state into it. Neither talks to Redis or the store.
-What survives a kill at any point: before the COPYING record the slot is as it was; until the STAGED record it is torn, and the
-next user of the folder frees it; afterwards it is a complete part that uploads without its trainer.
+``Arena.acquire`` finds a slot and reserves its bytes; how it fills, and what survives a kill meanwhile: :mod:`dtr.checkpoint.filling`.
+Neither talks to Redis or the store.
 """
 
 from __future__ import annotations
@@ -12,106 +11,26 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 from dtr import names
+from dtr.checkpoint.filling import Counters, Slot
 from dtr.checkpoint.locks import Hold, try_lock
 from dtr.checkpoint.memory import Stopped, WarmMaps, grow, is_reserved
 from dtr.checkpoint.reclaim import close_folder, reclaim
-from dtr.checkpoint.slots import FALLBACK, OWNER_LOCK, SlotFiles, SlotRecord, look, slots_in, worker_folder
+from dtr.checkpoint.slots import FALLBACK, OWNER_LOCK, SlotFiles, look, slots_in, worker_folder
 from dtr.checkpoint.space import space_of
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import CheckpointError, ForkedProcess, InvalidInput, NoFreeSlot, StagingFull
-from dtr.failpoints import failpoint
 from dtr.host import host_id
 
-__all__ = ["Arena", "Counters", "Slot"]
+__all__ = ["Arena"]
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE_S: Final = 0.02
 _SAY_AFTER_S: Final = 5.0
 POLICIES: Final = ("wait", "skip", "fail")
-# Two saturate the memory of a small host, four that of a socket; the trainer waits meanwhile, so they are its own cores.
-COPY_THREADS: Final = max(1, min(4, len(os.sched_getaffinity(0))))
-
-
-class Layout(Protocol):
-    """What staging asks of a layout (``dtr.checkpoint.tensors``)."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    def copy_into(self, buffer: memoryview, leaves: Mapping[str, Any], *, threads: int = 1) -> None: ...
-
-
-@dataclass(slots=True, kw_only=True)
-class Counters:
-    """What happened so far, for status and metrics."""
-
-    staged: int = 0
-    staged_bytes: int = 0
-    waited: int = 0
-    waited_s: float = 0.0
-    skipped: int = 0
-    refused: int = 0
-
-
-class Slot:
-    """One slot that the caller holds exclusively; ends with ``write`` or ``free``."""
-
-    __slots__ = ("_arena", "_hold", "files", "size_bytes")
-
-    def __init__(self, arena: Arena, files: SlotFiles, hold: Hold, size_bytes: int) -> None:
-        self._arena, self.files, self._hold, self.size_bytes = arena, files, hold, size_bytes
-
-    def write(self, layout: Layout, leaves: Mapping[str, Any], record: SlotRecord) -> SlotRecord:
-        """Copy the state and make it visible to uploaders; returns the record as staged, and lets the slot go.
-
-        Raises:
-            StagingFull: not even the record fits.
-            Exception: whatever the copy raised; the slot is free again.
-        """
-        copying = replace(record, state="COPYING", size_bytes=layout.size_bytes)
-        try:
-            if layout.size_bytes != self.size_bytes:
-                raise InvalidInput(f"the slot was acquired for {self.size_bytes} bytes, the layout has {layout.size_bytes}")
-            failpoint("stage.before_record")
-            self._put(copying)
-            failpoint("stage.after_copying_record")
-            with self._arena.maps.buffer(self.files, self.size_bytes) as buffer:
-                buffer[:8] = bytes(8)[: self.size_bytes]  # from here on not even the old header makes a whole part of it
-                failpoint("stage.mid_copy")
-                layout.copy_into(buffer, leaves, threads=COPY_THREADS)
-            failpoint("stage.before_staged_record")
-            staged = replace(copying, state="STAGED", staged_at=self._arena.clock.wall())
-            self._put(staged)
-            failpoint("stage.after_staged_record")
-        except BaseException:
-            self.free()
-            raise
-        self._hold.release()
-        self._arena.counters.staged += 1
-        self._arena.counters.staged_bytes += self.size_bytes
-        self._arena.prepare(self.size_bytes)
-        return staged
-
-    def free(self) -> None:
-        """Let the slot go unused; what it held is forgotten, its memory stays warm."""
-        self.files.forget()
-        self._hold.release()
-
-    def _put(self, record: SlotRecord) -> None:
-        try:
-            self.files.write(record)
-        except OSError as exc:
-            free = space_of(self.files.folder).free_bytes
-            raise StagingFull(
-                f"the staging folder {self.files.folder} has no room for a slot's record: {exc.strerror}, {free} bytes free",
-                needed_bytes=4096,
-                free_bytes=free,
-            ) from exc
 
 
 class Arena:
@@ -126,6 +45,7 @@ class Arena:
         policy: no slot is free: ``wait`` for one, ``skip`` this save, or ``fail`` it.
         wait_s: how long ``wait`` waits.
         fallback: folder on disk for when shared memory is too small; None: one in /var/tmp that is named after this host.
+        trouble: says why uploads are behind, if that is known; quoted where no slot is free.
     """
 
     def __init__(
@@ -139,6 +59,7 @@ class Arena:
         policy: str = "wait",
         wait_s: float = 600.0,
         fallback: str | None = None,
+        trouble: Callable[[], str] = lambda: "",
         clock: Clock = SYSTEM,
     ) -> None:
         names.job_name(job)
@@ -148,7 +69,7 @@ class Arena:
         self.staging = os.path.realpath(staging)
         self.folder = worker_folder(self.staging, job, worker)
         self.slots, self.budget_bytes, self.policy, self.wait_s = slots, budget_bytes, policy, wait_s
-        self.clock = clock
+        self.clock, self._trouble = clock, trouble
         self.counters = Counters()
         self.maps = WarmMaps()
         self._job, self._worker, self._fallback_root = job, worker, fallback
@@ -170,7 +91,7 @@ class Arena:
             NoFreeSlot: every slot still waits for its upload (policy ``fail``, or ``wait`` for too long).
         """
         self._check()
-        started, pause, said = self.clock.monotonic(), 0.001, False
+        started, pause, said = self.clock.monotonic(), 0.001, None
         while True:
             slot = self._try_acquire(size_bytes)
             waited = self.clock.monotonic() - started
@@ -189,8 +110,8 @@ class Arena:
             if self.policy == "fail" or waited >= self.wait_s:
                 self.counters.refused += 1
                 raise NoFreeSlot(self._why_none(waited))
-            if waited > _SAY_AFTER_S and not said:
-                said = True
+            if waited > _SAY_AFTER_S and said != (why := self._trouble()):
+                said = why
                 _log.warning("%s", self._why_none(waited))
             self.clock.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_S)
@@ -200,8 +121,13 @@ class Arena:
         with self._mutex:
             if self._closed or (self._warming is not None and self._warming.is_alive()) or len(self._existing()) >= self.slots:
                 return
-            self._warming = threading.Thread(target=self._warm, args=(size_bytes,), name="dtr-prefault", daemon=True)
-            self._warming.start()
+            warming = threading.Thread(target=self._warm, args=(size_bytes,), name="dtr-prefault", daemon=True)
+            try:
+                warming.start()
+            except RuntimeError as exc:  # no thread can be had: the next save makes its slot itself
+                _log.info("no slot is made ahead: %s", exc)
+            else:
+                self._warming = warming
 
     def close(self) -> None:
         """Give back the memory of every slot that is not waiting for its upload. Idempotent."""
@@ -298,7 +224,6 @@ class Arena:
         """Bring the data file to exactly this size, every byte of it allocated; at worst it is as before."""
         if is_reserved(files.data, size_bytes):
             return
-        self.maps.drop(files)
         try:
             grow(files.data, size_bytes, root=self.staging, budget_bytes=self._budget_of(files))
         except StagingFull:
@@ -384,9 +309,10 @@ class Arena:
         for files in self._existing():
             record = look(files).record
             waiting.append(f"slot {files.index} holds {f'run {record.run} step {record.step} ({record.state})' if record else 'nothing'}")
+        behind = self._trouble() or "is an uploader running (celery -A tasks worker)?"
         return (
-            f"no staging slot is free after {waited_s:.1f} s: {'; '.join(waiting)}. Uploads are behind: is an uploader running "
-            f"(celery -A tasks worker)? More slots (slots={self.slots}) or fewer saves help as well"
+            f"no staging slot is free after {waited_s:.1f} s: {'; '.join(waiting)}. Uploads are behind: {behind} "
+            f"More slots (slots={self.slots}) or fewer saves help as well"
         )
 
 

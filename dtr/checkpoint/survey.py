@@ -2,6 +2,8 @@
 
 runs/RUN.json                     what the run continues, and its roster
 runs/RUN/STEP/manifest.json       the decision about one checkpoint
+runs/RUN/STEP/pin.json            it must be kept, and why
+runs/RUN/STEP/retiring.json       it is about to be retired: whoever fills an index must not offer it
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of, split_name
 from dtr.checkpoint.manifest import Manifest, RunRecord
+from dtr.checkpoint.metrics import Metrics, decode
 from dtr.errors import CoordinatorUnavailable, IntegrityError, ManifestInvalid, NotFound, StateCorrupt
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -38,7 +41,7 @@ READERS: Final = 8
 In = TypeVar("In")
 Out = TypeVar("Out")
 _RECORD: Final = re.compile(r"runs/([^/]+)\.json")
-_MANIFEST: Final = re.compile(r"runs/([^/]+)/(\d+)/manifest\.json")
+_DECISION: Final = re.compile(r"runs/([^/]+)/(\d+)/(manifest|pin|retiring)\.json")
 
 
 def record_key(run: str) -> str:
@@ -51,12 +54,24 @@ def manifest_key(run: str, step: int) -> str:
     return f"runs/{run}/{step:012d}/manifest.json"
 
 
+def pin_key(run: str, step: int) -> str:
+    """Where it is noted that a checkpoint must be kept."""
+    return f"runs/{run}/{step:012d}/pin.json"
+
+
+def retiring_key(run: str, step: int) -> str:
+    """Where it is noted that a checkpoint is about to be retired."""
+    return f"runs/{run}/{step:012d}/retiring.json"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
-    """The names in one job's store: runs that have a record, and checkpoints that have a decision."""
+    """The names in one job's store: runs that have a record, and checkpoints that have a decision, a pin, or are being retired."""
 
     runs: frozenset[str]
     decided: frozenset[Checkpoint]
+    pinned: frozenset[Checkpoint] = frozenset()
+    retiring: frozenset[Checkpoint] = frozenset()
 
     @property
     def every_run(self) -> frozenset[str]:
@@ -67,13 +82,15 @@ class Holdings:
 def survey(store: Store) -> Holdings:
     """List the job's store."""
     runs: set[str] = set()
-    decided: set[Checkpoint] = set()
+    said: dict[str, set[Checkpoint]] = {"manifest": set(), "pin": set(), "retiring": set()}
     for key in store.list("runs"):
         if (found := _RECORD.fullmatch(key)) is not None:
             runs.add(found[1])
-        elif (found := _MANIFEST.fullmatch(key)) is not None and key == manifest_key(found[1], int(found[2])):
-            decided.add((found[1], int(found[2])))
-    return Holdings(runs=frozenset(runs), decided=frozenset(decided))
+        elif (found := _DECISION.fullmatch(key)) is not None and found[2] == f"{int(found[2]):012d}":
+            said[found[3]].add((found[1], int(found[2])))
+    return Holdings(
+        runs=frozenset(runs), decided=frozenset(said["manifest"]), pinned=frozenset(said["pin"]), retiring=frozenset(said["retiring"])
+    )
 
 
 def read_manifest(store: Store, run: str, step: int) -> Manifest:
@@ -218,6 +235,9 @@ class Indexed:
     state: str
     retired: bool
     decided_at_ms: int
+    created_at_ms: int = 0
+    pinned: str = ""
+    metrics: Metrics = field(default_factory=dict)
 
 
 def indexed(state: JobState, store_url: str) -> list[Indexed]:
@@ -226,10 +246,19 @@ def indexed(state: JobState, store_url: str) -> list[Indexed]:
         names = [found for name in state.redis.zrange(state.keys.ckpts, 0, -1) if (found := split_name(name)) is not None]
         pipeline = state.redis.pipeline(transaction=False)
         for run, step in names:
-            pipeline.hmget(state.keys.ckpt(run, step), ["state", "retired_at", "decided_at", "store"])
+            pipeline.hmget(state.keys.ckpt(run, step), ["state", "retired_at", "decided_at", "store", "created_at", "pinned", "metrics"])
         replies = pipeline.execute()
     return [
-        Indexed(run=run, step=step, state=word, retired=bool(retired_at), decided_at_ms=int(decided_at or 0))
-        for (run, step), (word, retired_at, decided_at, where) in zip(names, replies, strict=True)
+        Indexed(
+            run=run,
+            step=step,
+            state=word,
+            retired=bool(retired_at),
+            decided_at_ms=int(decided_at or 0),
+            created_at_ms=int(created_at or 0),
+            pinned=pinned or "",
+            metrics=decode(said or "", state.keys.ckpt(run, step)),
+        )
+        for (run, step), (word, retired_at, decided_at, where, created_at, pinned, said) in zip(names, replies, strict=True)
         if word and where == store_url
     ]

@@ -1,7 +1,7 @@
 """A part's bytes: a safetensors file (https://github.com/huggingface/safetensors), laid out before a single byte is copied.
 
     8 bytes     length of the header, little-endian
-    header      JSON: name -> dtype, shape, data_offsets; ``__metadata__``: name -> text; spaces up to a multiple of 64
+    header      JSON: name -> dtype, shape, data_offsets; ``__metadata__``: name -> text; spaces up to a multiple of 256 at least
     data        the tensors, without gaps, those of the largest alignment first: so each is aligned as its dtype needs
 
 ``arrange`` depends on the structure only and may be kept from save to save; ``Arrangement.layout`` adds this save's metadata;
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,13 +20,27 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from dtr.checkpoint.copying import Places, copy_dtype
 from dtr.errors import IntegrityError, InvalidInput
 
-__all__ = ["Arrangement", "Entry", "Layout", "Part", "Tensor", "arrange", "read"]
+__all__ = [
+    "Arrangement",
+    "Entry",
+    "Header",
+    "Layout",
+    "Part",
+    "Place",
+    "Tensor",
+    "arrange",
+    "dtype_of",
+    "header_end",
+    "read",
+    "read_header",
+    "tensor_at",
+]
 
-_ALIGNMENT: Final = 64
+_STEP_BYTES: Final = 256  # of the header; a multiple of the largest alignment, 64
 _HEADER_BYTES: Final = 100_000_000  # what the safetensors package reads at most
-_PIECE_BYTES: Final = 32 << 20
 _METADATA: Final = "__metadata__"
 
 # What numpy has no dtype for (bfloat16, float8) is held as unsigned integers of that size.
@@ -38,15 +51,18 @@ _HELD_AS: Final = {
 }  # fmt: skip
 _LABELS: Final = {held: label for label, held in reversed(_HELD_AS.items()) if not label.startswith(("F8", "BF"))}
 _DTYPES: Final = {label: np.dtype(held) for label, held in _HELD_AS.items()}
-_OF_SIZE: Final[dict[int, np.dtype[Any]]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """An array and its dtype in the file. ``U8`` also stands for any dtype that safetensors lacks: then as its bytes (see ``of``)."""
+    """An array and its dtype in the file. ``U8`` also stands for any dtype that safetensors lacks: then as its bytes (see ``of``).
+
+    ``alignment`` is what its place needs beyond that of its dtype: bytes that others see as something larger.
+    """
 
     label: str
     array: NDArray[Any]
+    alignment: int = 1
 
     @classmethod
     def of(cls, array: NDArray[Any]) -> Tensor:
@@ -87,7 +103,7 @@ class Arrangement:
         if self.described:
             members += b"," + self.described
         text_bytes = len(members) + 2
-        header_bytes = -(-(8 + text_bytes) // _ALIGNMENT) * _ALIGNMENT - 8
+        header_bytes = _rounded(8 + text_bytes) - 8
         if header_bytes > _HEADER_BYTES:
             raise InvalidInput(
                 f"the state's structure (names, shapes, numbers outside arrays) takes {header_bytes} bytes, a file's header holds"
@@ -109,8 +125,8 @@ class Layout:
     def copy_into(self, buffer: Any, leaves: Mapping[str, Tensor], *, threads: int = 1) -> None:
         """Write the whole file into the first ``size_bytes`` of a writable buffer.
 
-        Contiguous arrays are copied by memcpy, others by numpy's strided copy, in both cases bit by bit and without the GIL. The
-        arrays must be those that were arranged: same names, same sizes (InvalidInput otherwise, before anything is written).
+        Contiguous arrays are copied by memcpy, others by numpy's strided copy, in both cases bit by bit. The arrays must be those that
+        were arranged: same names, same sizes (InvalidInput otherwise, before anything is written).
         """
         view = memoryview(buffer).cast("B")
         if view.readonly or len(view) < self.size_bytes:
@@ -122,61 +138,18 @@ class Layout:
             if tensor is None or tensor.array.nbytes != entry.end - entry.start:
                 raise InvalidInput(f"leaves must be those that were arranged; {entry.name!r} is absent or has another size")
         view[: len(self.header)] = self.header
-        data = np.frombuffer(view[: self.size_bytes], np.uint8)[len(self.header) :]
-        if threads == 1 or len(data) <= _PIECE_BYTES:
-            for entry in self.entries:
-                _copy(data[entry.start : entry.end], leaves[entry.name].array)
-            return
-        batches = _batches(_pieces(data, self.entries, leaves), max(_PIECE_BYTES, len(data) // (8 * threads)))
-        with ThreadPoolExecutor(threads, thread_name_prefix="dtr-copy") as pool:
-            for _ in pool.map(_copy_all, batches):
-                pass
+        data = np.frombuffer(view[: self.size_bytes], np.uint8)
+        held = [(entry, leaves[entry.name].array) for entry in self.entries if entry.end > entry.start]
+        dtypes = [copy_dtype(array.dtype) for _, array in held]
+        places = Places.of([array.shape for _, array in held], dtypes, [len(self.header) + entry.start for entry, _ in held])
+        arrays = [array if array.dtype is dtype else array.view(dtype) for (_, array), dtype in zip(held, dtypes, strict=True)]
+        places.fill(data, arrays, threads=threads)
 
 
-_Piece = tuple[NDArray[np.uint8], NDArray[Any]]
-
-
-def _pieces(data: NDArray[np.uint8], entries: tuple[Entry, ...], leaves: Mapping[str, Tensor]) -> Iterator[_Piece]:
-    """The copies to be made, large contiguous ones cut so that threads share them."""
-    for entry in entries:
-        array, target = leaves[entry.name].array, data[entry.start : entry.end]
-        if not array.flags.c_contiguous or array.nbytes <= _PIECE_BYTES:
-            yield target, array
-            continue
-        source = array.reshape(-1).view(np.uint8)
-        for start in range(0, array.nbytes, _PIECE_BYTES):
-            yield target[start : start + _PIECE_BYTES], source[start : start + _PIECE_BYTES]
-
-
-def _batches(pieces: Iterable[_Piece], size_bytes: int) -> Iterator[list[_Piece]]:
-    """Pieces in turn, some for each hand-over to a thread: a hand-over costs as much as copying a hundred kilobytes."""
-    batch: list[_Piece] = []
-    held = 0
-    for piece in pieces:
-        batch.append(piece)
-        held += len(piece[0])
-        if held >= size_bytes:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _copy_all(batch: list[_Piece]) -> None:
-    for target, array in batch:
-        _copy(target, array)
-
-
-def _copy(target: NDArray[np.uint8], array: NDArray[Any]) -> None:
-    if not len(target):
-        return
-    if array.flags.c_contiguous:
-        np.copyto(target, array.reshape(-1).view(np.uint8))
-        return
-    # As unsigned integers (or opaque bytes) of the item's size: no NaN is touched, no byte order changed, no padding skipped.
-    size = array.dtype.itemsize
-    dtype = _OF_SIZE.get(size, np.dtype(f"V{size}"))
-    np.copyto(target.view(dtype).reshape(array.shape), array.view(dtype))
+def _rounded(size_bytes: int) -> int:
+    """Up to the next of few lengths: so that a number with one digit more seldom changes the size of the file, and with it of the slot."""
+    step = max(_STEP_BYTES, 1 << (size_bytes // 64).bit_length())
+    return -(-size_bytes // step) * step
 
 
 def arrange(leaves: Mapping[str, Tensor]) -> Arrangement:
@@ -184,12 +157,19 @@ def arrange(leaves: Mapping[str, Tensor]) -> Arrangement:
     if _METADATA in leaves:
         raise InvalidInput(f"{_METADATA!r} cannot be a tensor's name", field="leaves")
     entries, described, at = [], {}, 0
-    for name, tensor in sorted(leaves.items(), key=lambda item: -item[1].array.dtype.alignment):  # stable: else in the state's order
+    for name, tensor in sorted(leaves.items(), key=lambda item: -_alignment(item[1])):  # stable: else in the state's order
         end = at + tensor.array.nbytes
         entries.append(Entry(name=name, start=at, end=end))
         described[name] = {"dtype": tensor.label, "shape": tensor.shape, "data_offsets": (at, end)}
         at = end
     return Arrangement(entries=tuple(entries), described=orjson.dumps(described)[1:-1], data_bytes=at)
+
+
+def _alignment(tensor: Tensor) -> int:
+    """What its place is ordered by; what follows must stay aligned, too, so bytes of an odd length come with those of their kind."""
+    size_bytes = tensor.array.nbytes
+    wanted = min(tensor.alignment, size_bytes & -size_bytes)
+    return max(tensor.array.dtype.alignment, wanted)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -206,39 +186,74 @@ class Part:
 def read(buffer: Any) -> Part:
     """Parse a whole file in memory. IntegrityError for anything but a well-formed safetensors file of exactly this length."""
     view = memoryview(buffer).cast("B")
+    header = read_header(view, len(view))
+    data = view[header.data_start :]
+    return Part(metadata=header.metadata, tensors={place.name: tensor_at(place, data, place.start) for place in header.places})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a tensor is, bytes [start, end) from the data's beginning, and what it is."""
+
+    name: str
+    start: int
+    end: int
+    label: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a file says of itself; ``places`` are in the data's order and fill it without a gap from ``data_start`` on."""
+
+    metadata: dict[str, str]
+    places: tuple[Place, ...]
+    data_start: int
+
+
+def header_end(head: Any) -> int:
+    """How many of a file's first bytes its header takes, by its first 8; IntegrityError for more than any file's may take."""
+    header_bytes = struct.unpack_from("<Q", head)[0] if len(head) >= 8 else 0
+    if not 2 <= header_bytes <= _HEADER_BYTES:
+        raise _damaged(f"a header of {header_bytes} bytes")
+    return 8 + int(header_bytes)
+
+
+def read_header(head: Any, size_bytes: int) -> Header:
+    """Parse the header at the beginning of ``head``; IntegrityError unless it describes a well-formed file of ``size_bytes``."""
+    view = memoryview(head).cast("B")
     header, data_start = _header(view)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged("its metadata is not text")
-    data = view[data_start:]
-    placed = sorted((_place(name, described) for name, described in header.items()), key=lambda place: place[1:3])
-    tensors, at = {}, 0
-    for name, start, end, label, shape in placed:
-        if start != at:
-            raise _damaged(f"the data of {name!r} begins at {start}, not at {at}")
-        at = end
-        if end > len(data):
-            raise _damaged(f"the data of {name!r} ends at {end}, after the file's {len(data)}")
-        tensors[name] = Tensor(label=label, array=_view(data, start, label, shape))
-    if at != len(data):
-        raise _damaged(f"{len(data) - at} bytes follow its last tensor")
-    return Part(metadata=metadata, tensors=tensors)
+    data_bytes = size_bytes - data_start
+    places = sorted((_place(name, described) for name, described in header.items()), key=lambda place: (place.start, place.end))
+    at = 0
+    for place in places:
+        if place.start != at:
+            raise _damaged(f"the data of {place.name!r} begins at {place.start}, not at {at}")
+        at = place.end
+        if at > data_bytes:
+            raise _damaged(f"the data of {place.name!r} ends at {at}, after the file's {data_bytes}")
+    if at != data_bytes:
+        raise _damaged(f"{data_bytes - at} bytes follow its last tensor")
+    return Header(metadata=metadata, places=tuple(places), data_start=data_start)
 
 
 def _header(view: memoryview) -> tuple[dict[str, Any], int]:
-    header_bytes = struct.unpack_from("<Q", view)[0] if len(view) >= 8 else 0
-    if not 2 <= header_bytes <= min(_HEADER_BYTES, len(view) - 8):
-        raise _damaged(f"{len(view)} bytes with a header of {header_bytes}")
+    end = header_end(view)
+    if end > len(view):
+        raise _damaged(f"{len(view)} bytes with a header of {end - 8}")
     try:
-        header = orjson.loads(view[8 : 8 + header_bytes])
+        header = orjson.loads(view[8:end])
     except orjson.JSONDecodeError as exc:
         raise _damaged(f"its header is not JSON: {exc}") from exc
     if not isinstance(header, dict):
         raise _damaged("its header is not an object")
-    return header, 8 + header_bytes
+    return header, end
 
 
-def _place(name: str, described: Any) -> tuple[str, int, int, str, tuple[int, ...]]:
+def _place(name: str, described: Any) -> Place:
     match described:
         case {"dtype": str(label), "shape": [*shape], "data_offsets": [int(start), int(end)], **rest} if not rest:
             pass
@@ -250,14 +265,21 @@ def _place(name: str, described: Any) -> tuple[str, int, int, str, tuple[int, ..
         raise _damaged(f"{name!r} has no valid shape")
     if not 0 <= start <= end or end - start != math.prod(shape) * _DTYPES[label].itemsize:
         raise _damaged(f"{name!r} of shape {shape} as {label} does not fill the bytes {start} to {end}")
-    return name, start, end, label, tuple(shape)
+    return Place(name=name, start=start, end=end, label=label, shape=tuple(shape))
 
 
-def _view(data: memoryview, start: int, label: str, shape: tuple[int, ...]) -> NDArray[Any]:
+def dtype_of(label: str) -> np.dtype[Any]:
+    """As what numpy holds a dtype of the file; what it has none for (bfloat16, float8), as unsigned integers of that size."""
+    return _DTYPES[label]
+
+
+def tensor_at(place: Place, buffer: Any, offset: int) -> Tensor:
+    """The tensor of ``place`` as a view of memory that holds (or will hold) its bytes at ``offset``."""
     try:
-        return np.ndarray(shape, _DTYPES[label], data, start)
+        array: NDArray[Any] = np.ndarray(place.shape, _DTYPES[place.label], buffer, offset)
     except (ValueError, OverflowError) as exc:  # dimensions of 2**62 beside one of 0
-        raise _damaged(f"a shape of {shape} is more than numpy can hold") from exc
+        raise _damaged(f"a shape of {place.shape} is more than numpy can hold") from exc
+    return Tensor(label=place.label, array=array)
 
 
 def _damaged(why: str) -> IntegrityError:

@@ -15,8 +15,13 @@ A node of the tree is
     {"scalar": {"dtype": ..., "hex": ...}}, {"numpy_str": "text"}, {"numpy_bytes": "hex"}   a numpy scalar
     {"torch": NAME}, {"torch": {"at": NAME, "dtype": ..., "shape": ...}}   a torch tensor
     {"parameter": [NODE, requires_grad]}  a torch Parameter
+    {"array": VIEW}, {"torch": VIEW}      a value that lies in the memory of another one, and will again: VIEW is {"at": NAME,
+                                          "dtype": ..., "shape": ..., "strides": [bytes, ...], "offset": bytes}. One that is the whole
+                                          of another is just another node with that tensor's NAME.
 
-A tensor's name is its path, ``model/layers/0/weight``, for people who look into the file; nothing is parsed back from it.
+A tensor's name is its path, ``model/layers/0/weight``, for people who look into the file; nothing is parsed back from it. What lies in
+the same memory is stored once (``dtr.checkpoint.sharing``), under the path of the value that spans it, or of the first one and
+``~shared``.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import math
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -32,10 +38,12 @@ import orjson
 
 from dtr.checkpoint import dtypes, torch_tensors
 from dtr.checkpoint.build import MAX_DEPTH, unflatten
+from dtr.checkpoint.leaves import Leaf, tensors_of
+from dtr.checkpoint.sharing import Group
 from dtr.checkpoint.tensors import Tensor
 from dtr.errors import InvalidInput, ManifestInvalid, UnsupportedLeaf
 
-__all__ = ["MAX_DEPTH", "decode", "encode", "flatten", "unflatten"]
+__all__ = ["MAX_DEPTH", "Walked", "decode", "encode", "flatten", "scalar_nodes", "unflatten", "walk"]
 
 _MAX_VALUES: Final = 10_000_000
 _NAN: Final = "7ff8000000000000"
@@ -60,12 +68,34 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
     Raises UnsupportedLeaf, naming the path like ``state["model"][3]``, for what a checkpoint cannot keep, for a container that holds
     itself, and for more than 64 levels or ten million values.
     """
+    walked = walk(state)
+    return walked.spec, walked.tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walked:
+    """A state taken apart. ``leaves`` are its arrays in the order of the walk, ``shared`` the groups of them that share memory."""
+
+    spec: Any
+    leaves: tuple[Leaf, ...]
+    tensors: dict[str, Tensor]
+    shared: tuple[Group, ...]
+
+
+def walk(state: Any) -> Walked:
+    """Take a state apart, with all that is found on the way; as ``flatten`` does."""
     flattener = _Flattener()
     try:
         spec = flattener.value(state)
     except RecursionError as exc:  # the caller's own stack is nearly full
         raise UnsupportedLeaf(f"{flattener.where()} is nested too deep", path=flattener.where()) from exc
-    return spec, flattener.leaves
+    tensors, shared = tensors_of(flattener.leaves)
+    return Walked(spec=spec, leaves=tuple(flattener.leaves), tensors=tensors, shared=shared)
+
+
+def scalar_nodes() -> Callable[[Any], Any]:
+    """What gives the node of a value that is no container and no array; it raises UnsupportedLeaf for one that cannot be kept."""
+    return _Flattener().value
 
 
 def encode(spec: Any) -> str:
@@ -85,19 +115,21 @@ class _Flattener:
     """One walk through a state; ``_path`` is where it is."""
 
     def __init__(self) -> None:
-        self.leaves: dict[str, Tensor] = {}
+        self.leaves: list[Leaf] = []
+        self._names: set[str] = {"__metadata__"}
         self._path: list[tuple[str, Any]] = []  # (what is said of it, what names it in the file)
         self._open: set[int] = set()
         self._values = 0
-        self._dtypes: dict[np.dtype[Any], str | None] = {}
+        self._dtypes: dict[np.dtype[Any], str | None] = {}  # why not
+        self._described: dict[np.dtype[Any], Any] = {}
         self._by_type: dict[type, Callable[[Any], Any]] = {
             type(None): lambda value: value,
             bool: lambda value: value,
             int: _int,
             float: _float,
             str: _str,
-            bytes: lambda value: {"bytes": self._leaf(Tensor.of(np.frombuffer(value, np.uint8)))},
-            bytearray: lambda value: {"bytearray": self._leaf(Tensor.of(np.frombuffer(value, np.uint8)))},
+            bytes: lambda value: self._leaf("bytes", Tensor.of(np.frombuffer(value, np.uint8)), None, None, value),
+            bytearray: lambda value: self._leaf("bytearray", Tensor.of(np.frombuffer(value, np.uint8)), None, None, value),
             dict: self._dict,
             OrderedDict: lambda value: {"ordered": self._items(value)},
             list: self._list,
@@ -164,12 +196,13 @@ class _Flattener:
     def _array(self, value: Any) -> Any:
         if (why := self._why_unsupported(value.dtype)) is not None:
             raise self._unsupported(f"is an array of dtype {value.dtype}: {why}")
-        tensor = Tensor.of(value)
-        return {"array": self._leaf_node(tensor, dtypes.describe(value.dtype) if tensor.is_raw else None)}
+        tensor, described = Tensor.of(value), self._described[value.dtype]
+        return self._leaf("array", tensor, described if tensor.is_raw else None, described, value)
 
     def _why_unsupported(self, dtype: np.dtype[Any]) -> str | None:
         if dtype not in self._dtypes:
-            self._dtypes[dtype] = dtypes.why_unsupported(dtype)
+            self._dtypes[dtype] = why = dtypes.why_unsupported(dtype)
+            self._described[dtype] = dtypes.describe(dtype) if why is None else None
         return self._dtypes[dtype]
 
     def _torch(self, value: Any) -> Any:
@@ -177,21 +210,19 @@ class _Flattener:
             tensor, dtype = torch_tensors.as_tensor(value)
         except InvalidInput as exc:
             raise self._unsupported(f"is a torch tensor that {exc.message}") from exc
-        node = {"torch": self._leaf_node(tensor, dtype)}
+        node = self._leaf("torch", tensor, dtype, torch_tensors.dtype_name(value), value)
         return {"parameter": [node, value.requires_grad]} if torch_tensors.is_parameter(value) else node
 
-    def _leaf_node(self, tensor: Tensor, dtype: Any) -> Any:
-        name = self._leaf(tensor)
-        return name if dtype is None else {"at": name, "dtype": dtype, "shape": list(tensor.array.shape)}
-
-    def _leaf(self, tensor: Tensor) -> str:
+    def _leaf(self, kind: str, tensor: Tensor, dtype: Any, described: Any, source: Any) -> Any:
         path = "/".join([_file_name(name) for _, name in self._path]) or "state"
         name, number = path, 1
-        while name in self.leaves or name == "__metadata__":  # as {1: a, "1": b}
+        while name in self._names:  # as {1: a, "1": b}
             number += 1
             name = f"{path}~{number}"
-        self.leaves[name] = tensor
-        return name
+        self._names.add(name)
+        node: dict[str, Any] = {}
+        self.leaves.append(Leaf(node=node, kind=kind, name=name, tensor=tensor, dtype=dtype, described=described, source=source))
+        return node
 
     def _scalar(self, value: Any) -> Any:
         array = np.asarray(value)

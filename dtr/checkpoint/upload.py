@@ -1,10 +1,11 @@
 """The uploader's work on one part: claim it, carry its bytes from the slot to the store, record it, and decide what became complete.
 
-    claim (lease, nonce) -> shared lock on the slot -> checksum -> put if absent under the nonce's key -> record -> settle -> free slots
+    claim (lease, nonce) -> shared lock on the slot -> put if absent under the nonce's key, piece by piece -> record -> settle -> free slots
 
-Killed between any two lines: the claim's lease lapses and the next uploader begins under a new nonce; what was put before is in nobody's
-manifest, and is deleted when the checkpoint is decided. Stopped, and continued when everything is over: the slot could not be reused
-meanwhile, and neither the put, the record nor the manifest of a late uploader replaces anything.
+Killed between any two lines: the claim's lease lapses, and the next uploader goes on with the pieces that the store has, under the same
+nonce, or begins under a new one where there are none; what was put before is then in nobody's manifest, and is deleted when the
+checkpoint is decided. Stopped, and continued when everything is over: the slot could not be reused meanwhile, and neither the put, the
+record nor the manifest of a late uploader replaces anything.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ import logging
 import os
 import random
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
-from dtr.checkpoint import checksum, parts, retention
+from dtr.checkpoint import delta, handover, parts
+from dtr.checkpoint.bandwidth import Bandwidth
+from dtr.checkpoint.collect import collect, collect_due
 from dtr.checkpoint.commit import discard, object_key, settle
+from dtr.checkpoint.lease import Lease, LeaseLost, Stopping
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.parts import Claim, Fence, Spec, StagedPart
 from dtr.checkpoint.rebuild import rebuild, rebuild_missing
-from dtr.checkpoint.slots import Found, Reading, SlotRecord, finish, open_for_reading, scan_job
+from dtr.checkpoint.slots import Found, SlotRecord, finish, open_for_reading, scan_job
+from dtr.checkpoint.transfer import carry
 from dtr.errors import (
-    AlreadyExists,
     CheckpointConflict,
     CheckpointError,
     CoordinatorUnavailable,
@@ -54,16 +56,10 @@ _RECORD_FOR_S: Final = 300.0  # how long a part that is in the store waits for R
 _DECIDED: Final = {"COMMITTED": "committed", "ABORTED": "aborted", "ABANDONED": "abandoned"}
 
 
-class Stopping(Exception):
-    """The worker is being shut down: give the claim back."""
-
-
-class _LeaseLost(Exception):
-    """Another uploader has this part, or the checkpoint is over."""
-
-
 def register_slot(state: JobState, record: SlotRecord) -> parts.Placed:
-    """Make a complete slot known to Redis; see ``parts.register``."""
+    """Make a complete slot known to Redis, with its share of the data state; see ``parts.register``."""
+    who = Fence(rank=record.rank, worker=record.worker, incarnation=record.incarnation, host=record.host)
+    handover.hand_over(state, record.run, record.step, who, record.data)
     return parts.register(
         state,
         Spec(
@@ -72,20 +68,22 @@ def register_slot(state: JobState, record: SlotRecord) -> parts.Placed:
             world_size=record.world_size,
             store=record.store,
             replicated=record.replicated,
+            structure=record.structure,
             writer=record.rank,
         ),
-        Fence(rank=record.rank, worker=record.worker, incarnation=record.incarnation, host=record.host),
-        StagedPart(size_bytes=record.size_bytes, save=record.save),
+        who,
+        StagedPart(size_bytes=record.size_bytes, save=record.save, metrics=record.metrics),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How long and how often."""
+    """How long, how often and how fast. ``mbps``: MB/s of all uploads of this host together; None: as fast as it goes."""
 
     lease_s: float = 10.0
     max_attempts: int = 5
     mbps: float | None = None
+    collect_interval_s: float = 300.0
 
 
 class Uploader:
@@ -112,6 +110,7 @@ class Uploader:
         self._stopping = stopping
         self._redis = connect(redis_url, name="dtr-upload")
         self._stores: dict[str, Store] = {}
+        self._bandwidth = Bandwidth(staging, limits.mbps) if limits.mbps is not None else None
 
     def upload_part(self, job: str, run: str, step: int, rank: int) -> str:
         """Upload one part, unless somebody else does or did; returns a word about what was found or done.
@@ -154,6 +153,10 @@ class Uploader:
             self._retire(state, self._store(view.store, job))
         return now
 
+    def collect(self, job: str) -> str:
+        """Retention beside that after a commit: what has become old or whose readers' grace has passed meanwhile; returns a word."""
+        return collect_due(self._state(job), lambda url: self._store(url, job), self.limits.collect_interval_s)
+
     def free(self, job: str, run: str, step: int, outcome: str, reason: str, *, saves: set[str]) -> None:
         """Finish this host's slots of a decided checkpoint; what is being read just now is left to the reconciler."""
         for found in scan_job(self.staging, job):
@@ -164,7 +167,7 @@ class Uploader:
     def _retire(self, state: JobState, store: Store) -> None:
         """Let go of what the new commit made superfluous; what fails here is done after the next one."""
         try:
-            retention.collect(store, state)
+            collect(store, state)
         except DtrError as exc:
             log.warning("job %s: retention goes on after the next commit: %s", state.job, exc)
 
@@ -239,7 +242,7 @@ class Uploader:
             return self._upload(state, run, step, rank, token, claim)
         except Stopping:
             error = "its uploader was shut down"
-        except _LeaseLost:
+        except LeaseLost:
             return "LOST"
         except SlotUnavailable as exc:
             error, retry_s = str(exc), 0.5
@@ -271,32 +274,31 @@ class Uploader:
             store = self._store(reading.record.store, state.job)
             store.probe()
             key = object_key(run, step, rank, reading.record.incarnation, claim.nonce)
-            with _Lease(state, run, step, rank, token, self.limits, self._stopping) as lease:
-                digest = checksum.of(reading.buffer)
-                _put(store, key, reading, lease.progress)
+            with self._lease(state, (run, step, rank), token, claim) as lease:
+                try:
+                    facts = delta.carry(store, reading, state=state, nonce=claim.nonce, progress=lease.progress, spare=lease.spare)
+                    facts = facts or carry(store, reading, key, resume=lease, progress=lease.progress)
+                except LeaseLost:
+                    discard(store, run, step, key)
+                    raise
             failpoint("upload.after_put")
-            now, why = self._record(state, reading, key, digest, claim)
+            now, why = self._record(state, run, step, facts, claim)
         failpoint("upload.after_part_done")
         if now == "LOST":
             log.warning("run %s step %d rank %d: this upload came too late: %s", run, step, rank, why)
-            discard(store, run, step, key)
+            discard(store, run, step, facts.object)
             return "LOST"
         return self.settle(state.job, run, step)
 
-    def _record(self, state: JobState, reading: Reading, key: str, digest: str, claim: Claim) -> tuple[str, str]:
+    def _lease(self, state: JobState, part: tuple[str, int, int], token: str, claim: Claim) -> Lease:
+        return Lease(state, part, token, claim, lease_s=self.limits.lease_s, bandwidth=self._bandwidth, stopping=self._stopping)
+
+    def _record(self, state: JobState, run: str, step: int, facts: PartFacts, claim: Claim) -> tuple[str, str]:
         """Record the part, waiting for a Redis that is away: its bytes are in the store, and sending them again costs more."""
-        record, deadline, pause_s = reading.record, time.monotonic() + _RECORD_FOR_S, 0.1
-        facts = PartFacts(
-            rank=record.rank,
-            worker=record.worker,
-            incarnation=record.incarnation,
-            object=key,
-            size_bytes=record.size_bytes,
-            checksum=digest,
-        )
+        deadline, pause_s = time.monotonic() + _RECORD_FOR_S, 0.1
         while True:
             try:
-                return parts.done(state, record.run, record.step, facts, nonce=claim.nonce)
+                return parts.done(state, run, step, facts, nonce=claim.nonce)
             except CheckpointConflict as exc:
                 return "LOST", str(exc)
             except StateLost as exc:
@@ -316,65 +318,3 @@ class Uploader:
         if url not in self._stores:
             self._stores[url] = open_store(url)
         return self._stores[url].child(job)
-
-
-def _put(store: Store, key: str, reading: Reading, progress: Callable[[int], None]) -> None:
-    """Put the part under a key that only this claim writes, so an object that is there already is its own, sent twice."""
-    size_bytes = reading.record.size_bytes
-    try:
-        store.put_file(key, reading.descriptor, size_bytes, if_absent=True, progress=progress)
-    except AlreadyExists:
-        if store.size(key) != size_bytes:
-            raise
-
-
-class _Lease:
-    """Renews a claim from a thread of its own while the block runs; ``progress`` ends the block when the claim is lost."""
-
-    def __init__(self, state: JobState, run: str, step: int, rank: int, token: str, limits: Limits, stopping: Callable[[], bool]) -> None:
-        self._state, self._part, self._token, self._limits, self._stopping = state, (run, step, rank), token, limits, stopping
-        self._done_bytes, self._began_s = 0, time.monotonic()
-        self._over, self._lost = threading.Event(), False
-        self._thread = threading.Thread(target=self._renew, name="dtr-lease", daemon=True)
-
-    def progress(self, done_bytes: int) -> None:
-        """Called between two pieces, in the uploading thread."""
-        if self._done_bytes == 0:
-            failpoint("upload.mid_put")
-        self._done_bytes = done_bytes
-        while True:
-            if self._lost:
-                raise _LeaseLost
-            if self._stopping():
-                raise Stopping
-            ahead_s = 0.0
-            if self._limits.mbps is not None:
-                ahead_s = done_bytes / (self._limits.mbps * 1e6) - (time.monotonic() - self._began_s)
-            if ahead_s <= 0:
-                return
-            time.sleep(min(ahead_s, 0.2))
-
-    def _renew(self) -> None:
-        trouble = ""
-        while not self._over.wait(self._limits.lease_s / 3):
-            try:
-                held = parts.renew(
-                    self._state, *self._part, token=self._token, lease_ms=int(self._limits.lease_s * 1000), progress_bytes=self._done_bytes
-                )
-            except DtrError as exc:  # nobody can take the part while nobody reaches Redis; afterwards the nonce keeps us apart
-                if str(exc) != trouble:
-                    log.warning("run %s step %d rank %d: its lease is not renewed: %s", *self._part, exc)
-                trouble = str(exc)
-                continue
-            trouble = ""
-            if not held:
-                self._lost = True
-                return
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._over.set()
-        self._thread.join()

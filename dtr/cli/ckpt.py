@@ -1,23 +1,27 @@
-"""``dtr ckpt``: list, show and verify checkpoints."""
+"""``dtr ckpt``: list, show and verify checkpoints; its other commands are in modules of their own, registered here."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Final
 
 import rich_click as click
 
 from dtr.checkpoint.candidates import name_of
-from dtr.cli.options import Target, job_state, reading_options, server_state, target
+from dtr.cli.ckpt_diff import diff
+from dtr.cli.ckpt_export import export, import_
+from dtr.cli.ckpt_gc import gc, pin, rm, unpin
+from dtr.cli.ckpt_log import log
+from dtr.cli.ckpt_options import open_sources, store_option, usage
+from dtr.cli.ckpt_plan import plan_command
+from dtr.cli.ckpt_watch import watch
+from dtr.cli.options import reading_options, target
 from dtr.cli.screen import Screen, document, show
 from dtr.cli.sentences import moment
 from dtr.cli.table import LUXURY, Cell, Column, cell
-from dtr.errors import CoordinatorUnavailable, InvalidInput
 from dtr.views import stored as view
 from dtr.views.checkpoints import CheckpointView, PartView
-from dtr.views.stored import Checked, CheckpointRow, CheckpointsView, OneView, Sources
+from dtr.views.stored import Checked, CheckpointRow, CheckpointsView, OneView
 from dtr.views.words import count_of, duration, size, some
 
 __all__ = ["ckpt", "progress", "show_list"]
@@ -43,59 +47,48 @@ _PARTS: Final = (
     Column(title="checksum", spare=3),
     Column(title="object", spare=LUXURY),
 )
-_store = click.option("--store", metavar="URL", help="Where the checkpoints are; default: DTR_STORE, dtr.toml, what Redis says.")
 
 
-@click.group(short_help="List, show and verify checkpoints.")
+@click.group(short_help="List, show, verify, compare, keep and remove checkpoints.")
 def ckpt() -> None:
-    """List, show and verify checkpoints.
+    """List, draw, show, verify, compare, export, keep and remove checkpoints.
 
-    The store is the truth and Redis its index: with a store, all of this works while Redis is down.
+    The store is the truth and Redis its index: with a store, all that only reads works while Redis is down.
     """
 
 
-@contextlib.contextmanager
-def _sources(where: Target) -> Iterator[Sources]:
-    """Redis and the store; without Redis the store alone, with a line on stderr that says so."""
-    with contextlib.ExitStack() as stack:
-        try:
-            state = stack.enter_context(job_state(where))
-        except CoordinatorUnavailable:  # then the job is the one of the settings
-            state = stack.enter_context(server_state(where))
-        found = Sources.open(state, where.settings.store)
-        if found.note:
-            print(f"dtr: {found.note}", file=sys.stderr, flush=True)
-        yield found
+for _command in (log, plan_command, gc, rm, pin, unpin, watch, export, import_, diff):
+    ckpt.add_command(_command)
 
 
 @ckpt.command(short_help="The checkpoints of a job, the newest first.")
 @click.option("--all", "everything", is_flag=True, help="Those that retention removed, too.")
-@_store
+@store_option
 @reading_options
 def ls(url: str | None, job: str | None, as_json: bool, store: str | None, everything: bool) -> None:
     """The checkpoints of a job, the newest first: those under way, committed, abandoned (off the lineage) and aborted, with the reason."""
-    with _sources(target(url, job, store=store)) as sources:
+    with open_sources(target(url, job, store=store)) as sources:
         found = view.read(sources, retired=everything)
     show(found, json=as_json, human=show_list)
 
 
 @ckpt.command("show", short_help="One checkpoint and its parts.")
-@click.argument("name", nargs=-1, metavar="[RUN STEP | RUN/STEP | latest]")
-@_store
+@click.argument("name", nargs=-1, metavar="[RUN STEP | RUN/STEP | STEP | latest]")
+@store_option
 @reading_options
 def show_(url: str | None, job: str | None, as_json: bool, store: str | None, name: tuple[str, ...]) -> None:
     """One checkpoint (default: the latest commit) and its parts: where each is, how large, its checksum, and what it waits for."""
-    with _sources(target(url, job, store=store)) as sources:
-        with _usage():
+    with open_sources(target(url, job, store=store)) as sources:
+        with usage():
             wanted = view.targets(sources, name)
         found = view.read_one(sources, *wanted[0])
     show(found, json=as_json, human=_human_one)
 
 
 @ckpt.command(short_help="Read every byte and compare it with the manifest.")
-@click.argument("name", nargs=-1, metavar="[RUN STEP | RUN/STEP | latest]")
+@click.argument("name", nargs=-1, metavar="[RUN STEP | RUN/STEP | STEP | latest]")
 @click.option("--all", "everything", is_flag=True, help="Every commit of the job.")
-@_store
+@store_option
 @reading_options
 @click.pass_context
 def verify(
@@ -108,8 +101,8 @@ def verify(
     if everything and name:
         raise click.UsageError("give a checkpoint or --all, not both.", ctx)
     screen, results = Screen(), []
-    with _sources(target(url, job, store=store)) as sources:
-        with _usage():
+    with open_sources(target(url, job, store=store)) as sources:
+        with usage():
             wanted = view.targets(sources, name, everything=everything)
         for result in view.verify(sources, wanted):
             results.append(result)
@@ -121,15 +114,6 @@ def verify(
     if damaged:
         print(f"dtr: {len(damaged)} of {count_of(len(results), 'checkpoint')} damaged: {some(damaged)}", file=sys.stderr)
         ctx.exit(_DAMAGED)
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """What is no name of a checkpoint is wrong usage."""
-    try:
-        yield
-    except InvalidInput as exc:
-        raise click.UsageError(f"{exc.message}.") from exc
 
 
 def show_list(screen: Screen, found: CheckpointsView) -> None:
@@ -145,7 +129,7 @@ def _row(one: CheckpointRow) -> list[Cell]:
         cell(one.run),
         cell(one.step),
         cell(one.state.lower(), _STYLES.get(one.state, "yellow")),
-        cell("latest" if one.latest else None, "green"),
+        cell("latest" if one.latest else "pinned" if one.pinned else None, "green"),
         cell(None if one.size_bytes is None else size(one.size_bytes)),
         cell(f"{one.done}/{one.expected}"),
         cell(None if one.at_ms is None else moment(one.at_ms)),
@@ -164,6 +148,12 @@ def _human_one(screen: Screen, found: OneView) -> None:
     if one.at_ms is not None:
         screen.fact("begun", moment(one.at_ms))
     screen.fact("continues", found.parent or "nothing")
+    if one.metrics:
+        screen.fact(
+            "metrics", ", ".join(f"{name} {'not finite' if value is None else f'{value:.6g}'}" for name, value in one.metrics.items())
+        )
+    if one.pinned:
+        screen.fact("pinned", "yes" if one.pinned == "-" else one.pinned, "green")
     screen.fact("store", found.store or "unknown")
     if found.parts:
         screen.line()

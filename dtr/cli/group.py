@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from importlib import metadata
 from typing import Any, Final
 
 import rich_click as click
+from rich_click import rich_click
 
 from dtr.cli.failures import Invocation, report
 
 __all__ = ["COMMANDS", "Entry", "cli", "run"]
+
+_NARROW: Final = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +43,14 @@ def _entry(name: str, panel: str, about: str, module: str | None = None, below: 
     return name, Entry(module=f"dtr.cli.{module or attribute}", attribute=attribute, panel=panel, about=about, below=below)
 
 
+_CKPT: Final = ("ls", "show", "verify", "log", "plan", "watch", "gc", "rm", "pin", "unpin", "export", "import", "diff")
 COMMANDS: Final[dict[str, Entry]] = dict(
     [
         _entry("status", "Look", "Is the job well, and if not, why."),
         _entry("workers", "Look", "Who is there, and who has gone and why."),
         _entry("barriers", "Look", "Barrier rounds, and who is missing."),
         _entry("ring", "Look", "How the ring is shared among the workers."),
-        _entry("ckpt", "Look", "List, show and verify checkpoints.", below=("ls", "show", "verify")),
+        _entry("ckpt", "Look", "List, show, verify, compare, keep and remove checkpoints.", below=_CKPT),
         _entry("data", "Look", "List the data sets of a job.", below=("ls",)),
         _entry("events", "Look", "What happened, and what happens now."),
         _entry("config", "Look", "The settings and where they come from.", below=("show",)),
@@ -108,6 +113,10 @@ def cli(ctx: click.Context, url: str | None, job: str | None) -> None:
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command of ``argv`` (default: this process's arguments) and return the exit code; errors are reported."""
     _open_streams()
+    if shutil.get_terminal_size((80, 24)).columns < _NARROW:
+        rich_click.THEME = "default-nu"  # without boxes: their frames and columns leave no room for words
+        rich_click.OPTIONS_TABLE_COLUMN_TYPES = ["opt_all", "help"]
+        rich_click.OPTIONS_TABLE_HELP_SECTIONS = ["help"]
     args = list(sys.argv[1:] if argv is None else argv)
     invocation = Invocation()
     try:

@@ -15,7 +15,6 @@ from dtr.config import Settings
 from dtr.state.client import connect
 from dtr.state.job import JobState
 from dtr.views import jobs
-from dtr.views.settings import origins
 from dtr.views.words import some
 
 __all__ = ["Target", "job_state", "reading_options", "server_state", "target"]
@@ -53,7 +52,7 @@ def target(url: str | None, job: str | None, **given: Any) -> Target:
     """Load the settings; raises ConfigError or InvalidInput that names what is wrong."""
     given = {"redis_url": url, "job": job, **given}
     settings = Settings.load(**given)
-    return Target(settings=settings, job_chosen=origins(environ=os.environ, **given)["job"][0] != "default")
+    return Target(settings=settings, job_chosen=Settings.origins(**given)["job"].kind != "default")
 
 
 @contextlib.contextmanager

@@ -7,13 +7,25 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from dtr.views.events import Event
-from dtr.views.words import count_of, size
+from dtr.views.words import count_of, duration, size
 
 __all__ = ["moment", "sentence", "style"]
 
-_RED: Final = frozenset({"run_ended", "barrier_broken", "barrier_timeout", "ckpt_aborting", "ckpt_aborted", "quarantined"})
+_RED: Final = frozenset(
+    {
+        "run_ended",
+        "barrier_broken",
+        "barrier_timeout",
+        "ckpt_aborting",
+        "ckpt_aborted",
+        "ckpt_quarantined",
+        "quarantined",
+        "save_failed",
+        "stalled",
+    }
+)
 _YELLOW: Final = frozenset({"departed", "ckpt_abandoned", "state_created"})
-_GREEN: Final = frozenset({"run_formed", "ckpt_committed", "state_ready"})
+_GREEN: Final = frozenset({"run_formed", "ckpt_committed", "state_ready", "resumed"})
 
 
 def moment(at_ms: int) -> str:
@@ -50,6 +62,10 @@ def _ckpt(fields: Mapping[str, str]) -> str:
     return f"{fields['run']}/{fields['step']}{shown}" + (f": {reason}" if reason else "")
 
 
+def _at(fields: Mapping[str, str]) -> str:
+    return f" at step {fields['step']}" if fields.get("step") else ""
+
+
 _SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
     "joined": lambda f: f"{f['worker']} on {f['host']}, process {f['pid']}, generation {f['generation']}",
     "departed": lambda f: f"{f['worker']}: {f['reason']}",
@@ -57,6 +73,9 @@ _SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
         f"{f['run']} with {count_of(int(f['world_size']), 'rank')}" + (f" after {f['previous']}" if f.get("previous") else "")
     ),
     "run_ended": lambda f: f"{f['run']}: rank {f['rank']} ({f['worker']}) departed: {f['reason']}",
+    "stalled": lambda f: f"{f['worker']}{_at(f)}: {f['reason']}",
+    "resumed": lambda f: f"{f['worker']}{_at(f)} goes on after {duration(int(f['after_ms']) / 1000)}",
+    "save_failed": lambda f: f"{f['run']}/{f['step']} of rank {f['rank']} ({f['worker']}), {f['state'].lower()}: {f['reason']}",
     "barrier_broken": _round,
     "barrier_timeout": _round,
     "ckpt_begun": _ckpt,
@@ -65,4 +84,6 @@ _SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
     "ckpt_aborting": _ckpt,
     "ckpt_aborted": _ckpt,
     "ckpt_abandoned": _ckpt,
+    "ckpt_retired": _ckpt,
+    "ckpt_quarantined": lambda f: f"{f['run']}/{f['step']} {f['reason']}",
 }

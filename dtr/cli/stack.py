@@ -8,10 +8,11 @@ from typing import Final
 
 import rich_click as click
 
-from dtr.config import Settings
+from dtr.config import Settings, default_home
 from dtr.errors import ServiceFailed, Unavailable
-from dtr.stack import Stack, Up, default_home
+from dtr.stack import Stack, Up
 from dtr.stack.follow import Follower
+from dtr.views.words import count_of
 
 __all__ = ["down", "up"]
 
@@ -79,7 +80,7 @@ def _show(stack: Stack, found: Up) -> None:
     if found.record.adopted:
         click.echo(f"  {'redis':<9} {found.record.url}, which was there already and is never stopped")
     for service in found.record.services:
-        again = f", restarted {service.restarts} times" if service.restarts else ""
+        again = f", restarted {count_of(service.restarts, 'time')}" if service.restarts else ""
         click.echo(f"  {service.name:<9} {service.address}{again}")
     for note in found.notes:
         click.echo(f"  note: {note}")

@@ -16,6 +16,7 @@ from dtr.cli.screen import Screen, show
 from dtr.cli.table import Column, cell
 from dtr.cli.workers import show_departed, show_members
 from dtr.views import status as view
+from dtr.views.failures import FailedSave
 from dtr.views.jobs import JobSummary
 from dtr.views.server import ServerView
 from dtr.views.status import JobView, PageView
@@ -44,6 +45,7 @@ _MOST_DEPARTED: Final = 5
 _MOST_WARNINGS: Final = 10
 _MOST_ROUNDS: Final = 8
 _MOST_HOSTS: Final = 6
+_MOST_FAILED: Final = 3
 
 
 @click.command(short_help="Is the job well, and if not, why.")
@@ -200,3 +202,13 @@ def _checkpoints(screen: Screen, found: JobView) -> None:
         screen.fact("latest", " · ".join(fact for fact in facts if fact))
     for number, one in enumerate(found.open_checkpoints):
         screen.fact("" if number else "open", progress(one), "yellow" if one.state == "ABORTING" else "")
+    failed = [one for one in found.failed_saves if one.since_latest]
+    for number, lost in enumerate(failed[:_MOST_FAILED]):
+        screen.fact("" if number else "failed", _failed(lost), "red")
+    if len(failed) > _MOST_FAILED:
+        screen.fact("", f"and {len(failed) - _MOST_FAILED} more: `dtr events`", "red")
+
+
+def _failed(one: FailedSave) -> str:
+    who = "" if one.rank is None else f" of rank {one.rank} ({one.worker})"
+    return f"{one.run}/{one.step}{who} {one.state.lower()} {duration(one.ago_s)} ago: {one.reason}"

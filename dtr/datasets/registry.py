@@ -20,6 +20,7 @@ import redis
 from dtr import names
 from dtr.config import LauncherEnvironment, Settings
 from dtr.datasets.assignment import Assignment
+from dtr.datasets.counting import alone
 from dtr.datasets.declared import check_total, dataset_of, declare, is_registered
 from dtr.datasets.files import find_files, measure_files
 from dtr.datasets.formats import make_format
@@ -86,13 +87,17 @@ class DatasetRegistry:
     ) -> DatasetSpec:
         """Make a data set known to the job, and return its spec.
 
-        The same again is a no-op, and cheap: files are counted only if one of them is new or changed. Anything else under a known
-        name is a new version. Reads every file of a ``jsonl`` data set once, the others' sizes and headers only.
+        The same again is a no-op, and cheap: files are counted only if one of them is new or changed, by one process of the job.
+        Anything else under a known name is a new version. Reads every file of a ``jsonl`` or ``tar`` data set once, the others' sizes
+        and headers only.
 
         Args:
             name: of the data set.
-            path: a file, or a folder of which all files of the format count, in the order of their names.
-            format: ``jsonl`` (an object a line), ``npy`` (a row a sample) or ``bin`` (flat tokens).
+            path: a file; a folder, of which all files of the format count, in the order of their names, or those that its ``index.json``
+                lists; a brace pattern such as ``train-{000..127}.tar``; or any of these in a store (``s3://bucket/prefix``). Compressed
+                files (.gz, .zst) and those in a store are read through local copies (settings ``data_cache``, ``data_cache_bytes``).
+            format: ``jsonl`` (an object a line), ``npy`` (a row a sample), ``bin`` (flat tokens), ``tar`` (WebDataset), ``mds`` (MosaicML
+                Streaming) or ``parquet`` (needs ``pip install 'dtr[parquet]'``).
             shard_size: samples in a shard, the last one of each file excepted.
             total_samples: what the files must hold together; not checked if None.
             shuffle: whether each epoch takes the shards in another order, a function of seed and epoch (`dtr.datasets.shuffle`).
@@ -113,9 +118,14 @@ class DatasetRegistry:
         if current is not None and is_registered(current, declared, found):
             check_total(declared, current.spec.total_samples, found)
             return current.spec
-        files = measure_files(found, described, declared.shard_size)
-        check_total(declared, sum(facts.samples for facts in files), found)
-        return self._install(dataset_of(declared, found, files, now_ms=self._state.server_now_ms())).spec
+        with alone(self._state, name) as others_did:
+            current = self._current(name) if others_did else None
+            if current is not None and is_registered(current, declared, found):
+                check_total(declared, current.spec.total_samples, found)
+                return current.spec
+            files = measure_files(found, described, declared.shard_size)
+            check_total(declared, sum(facts.samples for facts in files), found)
+            return self._install(dataset_of(declared, found, files, now_ms=self._state.server_now_ms())).spec
 
     def get(self, name: str, version: int | None = None) -> Dataset:
         """A data set with its files: the current version, or an earlier one.

@@ -14,28 +14,34 @@ from typing import Any
 
 import orjson
 
+from dtr.datasets.copies import compression_of, copies, is_remote
 from dtr.datasets.formats import Columns, Format, Span, format_of_fields
 from dtr.errors import DatasetMismatch, InvalidInput, StateCorrupt
 
 __all__ = ["Dataset", "DatasetSpec", "FileFacts", "Shard", "digest_of"]
 
-_FACTS = re.compile(r"samples=(\d+) size_bytes=(\d+) mtime_ns=(-?\d+) marks=([\d,]*)", re.ASCII)
+_FACTS = re.compile(r"samples=(\d+) size_bytes=(\d+) mtime_ns=(-?\d+) marks=([\d,]*)(?: plain_bytes=(\d+))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFacts:
-    """One file as it was when it was registered. ``marks`` are the bytes at which its shards begin, if samples differ in size."""
+    """One file as it was when it was registered.
+
+    ``marks`` are the bytes at which its shards begin, if samples differ in size; ``plain_bytes`` has its content, if it is compressed,
+    else 0. A file in a store has no ``mtime_ns``: 0.
+    """
 
     file: str
     samples: int
     size_bytes: int
     mtime_ns: int
     marks: tuple[int, ...] = ()
+    plain_bytes: int = 0
 
     def to_text(self) -> str:
         """As it stands in Redis: ``samples=... size_bytes=... mtime_ns=... marks=0,...``."""
-        marks = ",".join(map(str, self.marks))
-        return f"samples={self.samples} size_bytes={self.size_bytes} mtime_ns={self.mtime_ns} marks={marks}"
+        marks, plain = ",".join(map(str, self.marks)), f" plain_bytes={self.plain_bytes}" if self.plain_bytes else ""
+        return f"samples={self.samples} size_bytes={self.size_bytes} mtime_ns={self.mtime_ns} marks={marks}{plain}"
 
     @classmethod
     def from_text(cls, file: str, text: str) -> FileFacts:
@@ -44,7 +50,8 @@ class FileFacts:
         if match is None:
             raise StateCorrupt(f"data set: the facts of file {file!r} are not readable: {text[:80]!r}")
         marks = tuple(map(int, match[4].split(","))) if match[4] else ()
-        return cls(file=file, samples=int(match[1]), size_bytes=int(match[2]), mtime_ns=int(match[3]), marks=marks)
+        numbers = [int(number or 0) for number in match.group(1, 2, 3, 5)]
+        return cls(file=file, samples=numbers[0], size_bytes=numbers[1], mtime_ns=numbers[2], marks=marks, plain_bytes=numbers[3])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +142,7 @@ class Shard:
     file: str
     start: int
     stop: int
-    path: str = field(repr=False)
+    folder: str = field(repr=False)
     format: Format = field(repr=False)
     span: Span = field(repr=False)
     size_bytes: int = field(repr=False)
@@ -167,14 +174,27 @@ class Shard:
         with self._open() as file:
             return self.format.columns(file)
 
+    @property
+    def path(self) -> str:
+        """The file's own path or URL."""
+        return os.path.join(self.folder, self.file)
+
     def check_unchanged(self) -> None:
-        """Raise DatasetMismatch, naming the file, unless it has the size and time of modification that were registered."""
+        """Raise DatasetMismatch, naming the file, unless it has the size and time of modification that were registered.
+
+        A file in a store is looked at when it is read.
+        """
+        if is_remote(self.folder):
+            return
         try:
             self._compare(os.stat(self.path))
         except OSError as exc:
             raise self._unreadable(exc) from exc
 
     def _open(self) -> BufferedReader:
+        if is_remote(self.folder) or compression_of(self.file):
+            self.check_unchanged()
+            return copies().open(self.folder, self.file, size_bytes=self.size_bytes, mtime_ns=self.mtime_ns)
         try:
             file = open(self.path, "rb")  # noqa: SIM115 - the caller closes it
         except OSError as exc:
@@ -232,7 +252,7 @@ class Dataset:
         number = bisect.bisect_right(self.first_shards, index) - 1
         facts, within = self.files[number], index - self.first_shards[number]
         start, stop = within * spec.shard_size, min((within + 1) * spec.shard_size, facts.samples)
-        bounds = (*facts.marks, facts.size_bytes)
+        bounds = (*facts.marks, facts.plain_bytes or facts.size_bytes)
         first_byte, end_byte = bounds[within : within + 2] if facts.marks else (0, 0)
         return Shard(
             dataset=spec.name,
@@ -241,7 +261,7 @@ class Dataset:
             file=facts.file,
             start=start,
             stop=stop,
-            path=os.path.join(spec.folder, facts.file),
+            folder=spec.folder,
             format=spec.format,
             span=Span(start=start, stop=stop, first_byte=first_byte, end_byte=end_byte),
             size_bytes=facts.size_bytes,

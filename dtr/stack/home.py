@@ -19,19 +19,10 @@ from typing import Any, Final, Self
 from dtr.errors import ConfigError
 from dtr.stack.processes import ProcessId
 
-__all__ = ["Home", "Lock", "Record", "Running", "default_home"]
+__all__ = ["Home", "Lock", "Record", "Running"]
 
 _VERSION: Final = 1
 _POLL_S: Final = 0.05
-
-
-def default_home(environ: Mapping[str, str] | None = None) -> Path:
-    """``DTR_HOME``, else ``~/.dtr``."""
-    env = os.environ if environ is None else environ
-    given = env.get("DTR_HOME")
-    if given == "":
-        raise ConfigError("DTR_HOME is empty: unset it, or give a folder", setting="home")
-    return Path(given).expanduser().absolute() if given else Path.home() / ".dtr"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

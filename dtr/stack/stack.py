@@ -88,7 +88,7 @@ class Stack:
     """The stack in one folder. Nothing happens before a method is called.
 
     Args:
-        home: the folder; ``default_home()`` is the usual one.
+        home: the folder; ``dtr.config.default_home()`` is the usual one.
         settings: where the server is to be, staging, Flower's port; passed on to the services.
         flower: whether Flower is part of it.
         planner: makes the plan; for tests, which run stand-ins.

@@ -13,16 +13,19 @@ key                            type    holds (TTL; written by)
 ``fences``                     hash    worker -> incarnation; worker/CHANNEL -> ``number answer`` (none; join, depart, each channel)
 ``departed``                   hash    worker -> ``incarnation time reason`` of its newest departure (none; depart, reap)
 ``counters``                   hash    counter -> value: saves_skipped, ... (none; trainers)
-``worker:ID``                  hash    incarnation, host, pid, address, step, loss, phase, idle_s, late_ms, beat, beat_at
-                                       (ttl and 2 beats; join, beat)
+``worker:ID``                  hash    incarnation, host, pid, address, step, loss, phase, idle_s, late_ms, beat, beat_at,
+                                       stalled (why, or empty), stalled_at (ttl and 2 beats; join, beat, stall)
 ``ring``                       zset    ``worker#n`` -> mmh3 point, for people: agents compute it from member ids (none; join)
 ``roster``                     hash    the current run only: worker -> ``rank incarnation``; ``:fence`` (state and run, while open),
                                        ``:world``, ``:wanted``, ``:released/NAME`` (none; form, depart, arrive)
 ``forming``                    hash    arrivals of the next run: worker -> ``incarnation asked_rank host`` (none; form)
 ``run:RUN``                    hash    world_size, generation, previous, formed_at, base_state (NONE, CUT, SET), base_run, base_step,
-                                       base_at, store, keep_last, grace_ms, ``member:ID`` -> ``rank incarnation host`` (none; form, base)
+                                       base_at, data (1 if ranks load data), store, keep_last, keep_every, keep_best, keep_for_ms,
+                                       grace_ms, ``member:ID`` -> ``rank incarnation host`` (none; form, base)
 ``run:RUN:restore``            hash    the collective restore: attempt, state, choice, order, fresh, votes, seen, dropped, ``offer:RANK``,
                                        ``count:RUN/STEP``, ``verdict:N`` (1 day; restore)
+``restores``                   hash    per checkpoint that a restore chose and did not complete since: ``RUN/STEP/begun``,
+                                       ``RUN/STEP/damaged`` (how often it was found so), ``RUN/STEP/reason`` (90 days; restore)
 ``barrier:NAME:RUN:SEQ``       hash    one round: state, arrived, expected, members (digest), opened_at, missing, reason, wanted
                                        (60 s once final, else 1 day; arrive, timeout)
 ``...:arrived``                set     members that arrived (as the round)
@@ -32,15 +35,38 @@ key                            type    holds (TTL; written by)
 ``ckpts``                      zset    ``RUN/STEP`` -> step (retention removes)
 ``open_ckpts``                 zset    ``RUN/STEP`` -> created_at, while WRITING, SEALED or ABORTING (begin, decide)
 ``ckpt:RUN:STEP``              hash    state, reason, world_size, expected, done, replicated, writer, store, created_at, sealed_at,
-                                       decided_at, size_bytes, retired_at (retention removes)
+                                       decided_at, size_bytes, metrics (JSON), pinned (the note of its pin, ``-`` for none), retired_at
+                                       (retention removes)
 ``ckpt:RUN:STEP:parts``        hash    per rank R: ``R/state``, ``R/worker``, ``R/incarnation``, ``R/host``, ``R/save``,
-                                       ``R/size_bytes``, ``R/checksum``, ``R/object``, ``R/nonce``, ``R/uploader``, ``R/lease_until``,
-                                       ``R/attempts``, ``R/failures``, ``R/retry_at``, ``R/progress_bytes``, ``R/error`` (as its checkpoint)
+                                       ``R/size_bytes``, ``R/checksum``, ``R/object``, ``R/state_checksum``, ``R/nonce``, ``R/uploader``,
+                                       ``R/lease_until``,
+                                       ``R/claims``, ``R/claimed_at``, ``R/attempts``, ``R/failures``, ``R/retry_at``, ``R/progress_bytes``,
+                                       ``R/error``,
+                                       ``R/metrics`` (as its checkpoint)
+``ckpt:RUN:STEP:data``         hash    rank -> its share of the data state of this step, JSON
+                                       (7 days after the last one; trainers, uploaders)
+``ckpt:RUN:STEP:transfer:R``   hash    an upload that another uploader could go on with: nonce, upload (the store's name for it), and
+                                       N -> ``CHECKSUM TAG`` of each piece sent (1 day; uploader; gone once the part is done)
+``retention``                  hash    token, collected_at of the last collector (none; retention)
+``failed_saves``               stream  saves that came to nothing: run, step, state (ABORTED, ABANDONED, CONFLICT, FAILED), reason, and
+                                       rank, worker, save where one rank's failed alone (about 100 entries; decide, trainers)
+``delta``                      hash    per rank R, how delta pays: ``R/last`` (RUN/STEP), ``R/state_bytes``, ``R/sent_bytes``, ``R/poor``,
+                                       ``R/rest``, ``R/next_rest`` (none; uploaders)
 ``datasets``                   hash    data set -> its current version (none; register)
 ``dataset:NAME``               hash    the current spec; ``dataset:NAME:VERSION`` each version, kept (none; register)
 ``dataset:NAME:DIGEST:files``  hash    file -> facts of the spec with this digest (none once registered; register)
+``dataset:NAME:counting``      string  token of the process that counts its samples just now (5 s, renewed; register)
 ``placement:NAME``             hash    parent, generation, version, members (digest), who computes the next (none; placement)
 ``placement:NAME:GENERATION``  hash    worker -> its shards (two kept; placement)
+``ledger:NAME:EPOCH:RUN``      hash    consumption of one data set in one epoch and run: ``:version``, ``:digest``, ``:mode``, ``:seed``,
+                                       ``:shards``, ``:base`` (digest of what was consumed before), ``:fence``, ``:most``,
+                                       ``:dry`` (batches
+                                       of the rank that has most, how many ranks have no more), per rank ``have/R``, ``dry/R``, ``step/R``,
+                                       ``samples/R``, ``leases/R``, ``out/R/BATCH`` (sample ranges of its newest batches), per
+                                       shard ``lease/SHARD`` (worker
+                                       incarnation fence), ``part/SHARD`` (consumed ranges) (7 days after the last write; loader)
+``...:taken``, ``...:done``    string  one bit a shard: not free; consumed whole in this run (as the ledger)
+``quarantine:NAME:DIGEST``     hash    shard -> why it cannot be read (none; loader)
 ``events``                     stream  members, runs, broken rounds, checkpoints, recovery (about 10,000 entries; every module)
 =============================  ======  ==============================================================================================
 
@@ -54,7 +80,7 @@ from typing import Final, NamedTuple
 
 from dtr import names
 
-__all__ = ["JOBS", "Keys", "RoundKeys", "uploader", "upload_queue"]
+__all__ = ["JOBS", "Keys", "LedgerKeys", "RoundKeys", "uploader", "upload_queue"]
 
 JOBS: Final = "dtr:jobs"
 
@@ -77,6 +103,14 @@ class RoundKeys(NamedTuple):
     wake: str
 
 
+class LedgerKeys(NamedTuple):
+    """The three keys of one data set's ledger in one epoch and run."""
+
+    ledger: str
+    taken: str
+    done: str
+
+
 class Keys:
     """Spells every key of one job."""
 
@@ -93,8 +127,12 @@ class Keys:
         self.forming: Final = prefix + "forming"
         self.wake: Final = prefix + "wake"
         self.lineage: Final = prefix + "lineage"
+        self.restores: Final = prefix + "restores"
         self.ckpts: Final = prefix + "ckpts"
         self.open_ckpts: Final = prefix + "open_ckpts"
+        self.retention: Final = prefix + "retention"
+        self.failed_saves: Final = prefix + "failed_saves"
+        self.delta: Final = prefix + "delta"
         self.datasets: Final = prefix + "datasets"
         self.events: Final = prefix + "events"
 
@@ -117,6 +155,12 @@ class Keys:
     def parts(self, run: str, step: int) -> str:
         return f"{self.prefix}ckpt:{run}:{step}:parts"
 
+    def ckpt_data(self, run: str, step: int) -> str:
+        return f"{self.prefix}ckpt:{run}:{step}:data"
+
+    def transfer(self, run: str, step: int, rank: int) -> str:
+        return f"{self.prefix}ckpt:{run}:{step}:transfer:{rank}"
+
     def dataset(self, name: str, version: int | None = None) -> str:
         base = f"{self.prefix}dataset:{name}"
         return base if version is None else f"{base}:{version}"
@@ -124,6 +168,16 @@ class Keys:
     def dataset_files(self, name: str, digest: str) -> str:
         return f"{self.prefix}dataset:{name}:{digest}:files"
 
+    def dataset_counting(self, name: str) -> str:
+        return f"{self.prefix}dataset:{name}:counting"
+
     def placement(self, name: str, generation: int | None = None) -> str:
         base = f"{self.prefix}placement:{name}"
         return base if generation is None else f"{base}:{generation}"
+
+    def ledger(self, name: str, epoch: int, run: str) -> LedgerKeys:
+        base = f"{self.prefix}ledger:{name}:{epoch}:{run}"
+        return LedgerKeys(ledger=base, taken=f"{base}:taken", done=f"{base}:done")
+
+    def quarantine(self, name: str, digest: str) -> str:
+        return f"{self.prefix}quarantine:{name}:{digest}"

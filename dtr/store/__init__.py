@@ -5,41 +5,61 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from typing import Any, Final
+from typing import Final
 from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
 from dtr.errors import ConfigError, InvalidInput
 from dtr.store.base import Store
+from dtr.store.cloud_location import CREDENTIALS, CloudLocation
 
 __all__ = ["Store", "open_store"]
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_KNOWN: Final = "a folder like /mnt/checkpoints, file:///mnt/checkpoints, or s3://BUCKET/PREFIX[?endpoint=https://HOST&region=REGION]"
+_KNOWN: Final = (
+    "a folder like /mnt/checkpoints, file:///mnt/checkpoints, s3://BUCKET/PREFIX[?endpoint=https://HOST&region=REGION], "
+    "gs://BUCKET/PREFIX, or az://CONTAINER/PREFIX?account=NAME"
+)
+_SECRETS: Final = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", **CREDENTIALS}
+_OPTIONS: Final = {"s3": ("endpoint", "region", "checksum"), "gs": ("endpoint",), "az": ("account", "endpoint")}
+_OTHER_NAMES: Final = {
+    "gcs": "gs",
+    "azure": "az",
+    "abfs": "az",
+    "abfss": "az",
+    "adl": "az",
+    "wasb": "az",
+    "wasbs": "az",
+    "s3a": "s3",
+    "s3n": "s3",
+}
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store at ``url``: a folder (absolute, relative or ``~``), ``file:///FOLDER``, or ``s3://BUCKET/PREFIX``.
+    """The store at ``url``: a folder (absolute, relative or ``~``), ``file:///FOLDER``, or a bucket.
 
-    S3 takes ``endpoint=`` (any S3-compatible service), ``region=`` and ``checksum=crc64nvme|none`` as query. Credentials come from
-    where AWS tools look for them, never from the URL. Touches neither disk nor network; raises ConfigError for what is no store.
+    ``s3://BUCKET/PREFIX`` takes ``endpoint=`` (any S3-compatible service), ``region=`` and ``checksum=crc64nvme|none`` as query.
+    ``gs://BUCKET/PREFIX`` (Google Cloud Storage) takes ``endpoint=``, ``az://CONTAINER/PREFIX`` (Azure Blob Storage) ``account=`` and
+    ``endpoint=``; both need ``pip install 'dtr[cloud]'``. Credentials come from where each cloud's tools look for them, never from
+    the URL. Touches neither store nor network; raises ConfigError for what is no store.
     """
     text = os.fspath(url) if isinstance(url, os.PathLike) else url
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise _wrong(f"got {text!r}")
     found = _SCHEME.match(text)
     if found is None:
-        if re.match(r"(file|s3|gs|az|https?):", text):
+        if re.match(r"(file|s3|gs|az|https?|gcs|azure|abfss?):", text):
             raise _wrong(f"got {_masked(text)!r}, whose scheme lacks '//'")
         return _folder(os.path.expanduser(text), text)
-    parts = urlsplit(text)
-    if "@" in parts.netloc or (parts.scheme != "file" and ":" in parts.netloc):
-        raise _wrong(f"got {_masked(text)!r}: credentials do not belong into a URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    scheme = found[1].lower()
+    parts, scheme = urlsplit(text), found[1].lower()
+    if "@" in parts.netloc or (scheme != "file" and ":" in parts.netloc):
+        hint = f"; set {_SECRETS[scheme]}" if scheme in _SECRETS else ""
+        raise _wrong(f"got {_masked(text)!r}: credentials do not belong into a URL{hint}")
     if scheme == "file":
         return _file(text)
-    if scheme == "s3":
-        return _s3(text)
-    raise _wrong(f"got the unknown scheme {scheme!r}")
+    if scheme in _OPTIONS:
+        return _bucket(scheme, text)
+    other = _OTHER_NAMES.get(scheme)
+    raise _wrong(f"got the unknown scheme {scheme!r}" + (f" (write {other}://)" if other else ""))
 
 
 def _wrong(what: str) -> ConfigError:
@@ -70,22 +90,41 @@ def _file(url: str) -> Store:
     return _folder(os.fsdecode(unquote_to_bytes(parts.path)), url)
 
 
-def _s3(url: str) -> Store:
-    from dtr.store.s3 import S3Store
-    from dtr.store.s3_location import S3Location
-
+def _bucket(scheme: str, url: str) -> Store:
     parts = urlsplit(url)
     if parts.fragment:
         raise _wrong(f"got {_masked(url)!r}: a bucket's URL has no '#'")
-    options: dict[str, Any] = {}
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if name not in {"endpoint", "region", "checksum"}:
-            near = difflib.get_close_matches(name, ["endpoint", "region", "checksum"], 1)
+    options = _options(scheme, parts.query)
+    try:
+        return (_s3 if scheme == "s3" else _cloud)(scheme, parts.netloc, unquote(parts.path).strip("/"), options)
+    except InvalidInput as exc:
+        raise _wrong(exc.message) from exc
+
+
+def _options(scheme: str, query: str) -> dict[str, str]:
+    allowed, options = _OPTIONS[scheme], dict[str, str]()
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, 1)
             raise _wrong(f"got the unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
         if name in options or not value:
             raise _wrong(f"got {name!r} " + ("twice" if name in options else "without a value"))
         options[name] = value
-    try:
-        return S3Store(S3Location.parse(bucket=parts.netloc, prefix=unquote(parts.path).strip("/"), **options))
-    except InvalidInput as exc:
-        raise _wrong(exc.message) from exc
+    return options
+
+
+def _s3(_: str, bucket: str, prefix: str, options: dict[str, str]) -> Store:
+    from dtr.store.s3 import S3Store
+    from dtr.store.s3_location import S3Location
+
+    return S3Store(S3Location.parse(bucket=bucket, prefix=prefix, **options))
+
+
+def _cloud(scheme: str, bucket: str, prefix: str, options: dict[str, str]) -> Store:
+    from dtr.store.cloud import CloudStore
+    from dtr.store.cloud_library import MISSING, is_installed
+
+    location = CloudLocation.parse(service="gs" if scheme == "gs" else "az", bucket=bucket, prefix=prefix, **options)
+    if not is_installed():
+        raise ConfigError(MISSING, field="store")
+    return CloudStore(location)

@@ -3,7 +3,7 @@
 A store maps keys to immutable-by-convention objects. What every backend guarantees:
 
 * ``put`` and ``put_file`` are atomic: a reader sees the old object, the new one or none, never a part of one. When they return, the
-  object survives a crash of the machine (local) or is acknowledged by the service (S3).
+  object survives a crash of the machine (local) or is acknowledged by the service (S3, Google, Azure).
 * put-if-absent is honoured or refused, never ignored: of all concurrent calls for one key exactly one returns, whatever else happens.
   A call that raises ``AlreadyExists`` may have lost against an earlier send of itself: read the object and compare.
 * a failed write has either no effect (``error.unknown`` is False) or an effect that the caller must look up (``unknown`` is True):
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from dtr.errors import InvalidInput
+from dtr.store.resume import Resume
 
 __all__ = [
     "PIECE_BYTES",
@@ -127,11 +128,15 @@ class Store(abc.ABC):
         if_absent: bool = True,
         progress: Progress | None = None,
         offset: int = 0,
+        resume: Resume | None = None,
     ) -> None:
         """Store ``size_bytes`` of a file, from ``offset`` on, atomically and durably; the stored size is checked before it returns.
 
-        ``progress`` is called in this thread with the bytes done so far: local, about every 8 MiB; S3, after each part and at least
+        ``progress`` is called in this thread with the bytes done so far: local, about every 8 MiB; elsewhere, after each part and at least
         once a second. The last call has all bytes. What it raises cancels the transfer: nothing stays behind, and it is passed on.
+
+        ``resume``: go on with what an earlier call for the same bytes and key left, and leave what is sent for a later one when this
+        call is cancelled or its process killed. A store that cannot resume sends everything, and leaves nothing.
         """
 
     @abc.abstractmethod
@@ -173,7 +178,8 @@ class Store(abc.ABC):
         """Discard what interrupted writers left under the key or folder ``prefix``, and return how many there were.
 
         Local: temporary files whose writer is gone; one that is still being written is kept. S3: every multipart upload there that
-        began ``older_than_s`` ago or earlier, running ones included, so name only keys that nobody writes any more.
+        began ``older_than_s`` ago or earlier, running ones included, so name only keys that nobody writes any more. Google and Azure:
+        every temporary object there, likewise.
         """
 
     @abc.abstractmethod

@@ -17,13 +17,14 @@ import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from dtr.errors import AlreadyExists, ConditionalPutUnsupported
 from dtr.failpoints import failpoint
 from dtr.store.base import RESERVED
 
-__all__ = ["TEMPORARY", "Folders", "copy_some", "is_abandoned", "link_absent", "publish", "sync_folder", "temporary"]
+__all__ = ["TEMPORARY", "Draft", "Folders", "is_abandoned", "link_absent", "publish", "sync_folder", "temporary"]
 
 TEMPORARY: Final = f"{RESERVED}tmp-"
 _MODE: Final = 0o644  # less the umask
@@ -32,7 +33,6 @@ _AT_FDCWD: Final = -100
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_NOREPLACE: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_CANNOT_COPY_SO: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EPERM}
 
 
 def sync_folder(path: str) -> None:
@@ -84,19 +84,50 @@ class Folders:
             self.ensure(parent)
 
 
-@contextlib.contextmanager
-def temporary(folder: str, name: str, ensure: Callable[[str], None]) -> Iterator[tuple[int, str]]:
-    """A new, empty, locked temporary file for ``folder/name``: its descriptor and path. Its name is gone afterwards, whatever happens.
+@dataclass(slots=True, kw_only=True)
+class Draft:
+    """A temporary file that is ours: open as ``fd``, locked. ``keep``: when the block ends now, leave it for whoever goes on with it."""
 
-    ``ensure`` is called first, and again if the folder vanished meanwhile (its last object was deleted).
+    fd: int
+    path: str
+    keep: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a successor must know of it."""
+        return os.path.basename(self.path)
+
+
+@contextlib.contextmanager
+def temporary(folder: str, name: str, ensure: Callable[[str], None], *, earlier: str = "") -> Iterator[Draft]:
+    """A locked temporary file for ``folder/name``: new and empty, or what an earlier writer left under the name ``earlier``.
+
+    That one is taken only if its writer is gone. The file's name is gone afterwards, whatever happens, unless ``keep`` is set (or the
+    process is killed). ``ensure`` is called first, and again if the folder vanished meanwhile (its last object was deleted).
     """
-    fd, path = _open_temporary(folder, name, ensure)
+    fd, path = _adopt(folder, name, earlier) or _open_temporary(folder, name, ensure)
+    draft = Draft(fd=fd, path=path)
     try:
-        yield fd, path
+        yield draft
     finally:
-        with contextlib.suppress(FileNotFoundError):  # renamed to its final name
-            os.unlink(path)
+        if not draft.keep:
+            with contextlib.suppress(FileNotFoundError):  # renamed to its final name
+                os.unlink(path)
         os.close(fd)
+
+
+def _adopt(folder: str, name: str, earlier: str) -> tuple[int, str] | None:
+    if not (earlier.startswith(TEMPORARY) and earlier.endswith(f"~{name}")) or "/" in earlier:
+        return None
+    path = os.path.join(folder, earlier)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:  # gone, or nothing that we may write: begin anew
+        return None
+    if _lock(fd) is True and os.fstat(fd).st_nlink:  # without locks nobody can say whether its writer is gone
+        return fd, path
+    os.close(fd)
+    return None
 
 
 def _open_temporary(folder: str, name: str, ensure: Callable[[str], None]) -> tuple[int, str]:
@@ -199,36 +230,3 @@ def _rename_noreplace(path: str, target: str) -> None:
             unknown=False,
         )
     raise OSError(code, os.strerror(code), target)
-
-
-def _by_range(source: int, offset: int, target: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset_src=offset)
-
-
-def _by_sendfile(source: int, offset: int, target: int, count: int) -> int:
-    return os.sendfile(target, source, offset, count)
-
-
-def _by_hand(source: int, offset: int, target: int, count: int) -> int:
-    data = os.pread(source, min(count, 1 << 20), offset)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view) :]
-    return len(data)
-
-
-_WAYS: Final = (_by_range, _by_sendfile, _by_hand)
-
-
-def copy_some(source: int, offset: int, target: int, count: int, *, way: int = 0) -> tuple[int, int]:
-    """Append up to ``count`` bytes of ``source`` from ``offset`` on to ``target``, in the kernel where it can.
-
-    Returns how many (0 at the source's end), and the way that worked, to be passed to the next call.
-    """
-    while True:
-        try:
-            return _WAYS[way](source, offset, target, count), way
-        except OSError as exc:
-            if exc.errno not in _CANNOT_COPY_SO or way + 1 == len(_WAYS):
-                raise
-            way += 1

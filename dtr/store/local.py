@@ -37,8 +37,10 @@ from dtr.store.base import (
     is_key,
     open_source,
 )
-from dtr.store.durable import TEMPORARY, Folders, copy_some, is_abandoned, link_absent, publish, temporary
-from dtr.store.pieces import Piece, cut, move
+from dtr.store.copying import Copier, crc_of_range
+from dtr.store.durable import TEMPORARY, Draft, Folders, is_abandoned, link_absent, publish, temporary
+from dtr.store.pieces import Piece, cut, move, piece_bytes
+from dtr.store.resume import Resume, Sent
 
 __all__ = ["LocalStore"]
 
@@ -81,10 +83,10 @@ class LocalStore(Store):
 
     def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
         content, target = as_bytes(data), self._path(key)
-        with self._writing(key, target, len(content), if_absent=if_absent) as fd, self._translated("write", key):
+        with self._writing(key, target, len(content), if_absent=if_absent) as draft, self._translated("write", key):
             rest = content
             while rest:
-                rest = rest[os.write(fd, rest) :]
+                rest = rest[os.write(draft.fd, rest) :]
 
     def put_file(
         self,
@@ -95,45 +97,70 @@ class LocalStore(Store):
         if_absent: bool = True,
         progress: Progress | None = None,
         offset: int = 0,
+        resume: Resume | None = None,
     ) -> None:
         target = self._path(key)
         if if_absent and os.path.lexists(target):
             raise AlreadyExists(f"{key} exists already in {self.url}", key=key, maybe_ours=False)
         with open_source(source) as source_fd:
             check_size(size_bytes, offset, os.fstat(source_fd).st_size)
-            with self._writing(key, target, size_bytes, if_absent=if_absent) as fd:
-                self._copy(key, (source_fd, offset), fd, size_bytes, progress)
+            earlier = resume.upload if resume else ""
+            with self._writing(key, target, size_bytes, if_absent=if_absent, earlier=earlier) as draft:
+                self._copy(key, (source_fd, offset), draft, size_bytes, progress or (lambda _: None), resume)
 
-    def _copy(self, key: str, source: tuple[int, int], target: int, size_bytes: int, progress: Progress | None) -> None:
-        done, way = 0, 0
-        source_fd, offset = source
-        while done < size_bytes:
-            with self._translated("write", key):
-                count, way = copy_some(source_fd, offset + done, target, min(PIECE_BYTES, size_bytes - done), way=way)
-            if not count:
-                raise IntegrityError(f"the file to be stored as {key} ended after {done} of {size_bytes} bytes", key=key)
-            done += count
-            if progress:
+    def _copy(self, key: str, source: tuple[int, int], draft: Draft, size_bytes: int, progress: Progress, resume: Resume | None) -> None:
+        pieces = [*cut(size_bytes, piece_bytes(size_bytes))]
+        lasting = resume is not None and len(pieces) > 1  # less than that is not worth a record
+        there = self._go_on(key, source, draft, pieces, resume) if resume and lasting else 0
+        with self._translated("write", key):
+            copier = Copier(*source, draft.fd)
+        done = pieces[there - 1].end if there else 0
+        if done or not size_bytes:
+            progress(done)
+        for piece in pieces[there:]:
+            crc = 0 if resume else None
+            while done < piece.end:
+                with self._translated("write", key):
+                    count, crc = copier.append(done, min(done + PIECE_BYTES, piece.end), crc)
+                if not count:
+                    raise IntegrityError(f"the file to be stored as {key} ended after {done} of {size_bytes} bytes", key=key)
+                done += count
+                if resume and crc is not None and done == piece.end:
+                    resume.done(Sent(number=piece.number, crc=crc))
+                draft.keep = lasting  # whoever stops us here lets another go on
                 progress(done)
-        if progress and not size_bytes:
-            progress(0)
+                draft.keep = False
+
+    def _go_on(self, key: str, source: tuple[int, int], draft: Draft, pieces: list[Piece], resume: Resume) -> int:
+        """Keep the pieces of an earlier writer that are what ours would be, which is read back, not believed; returns how many."""
+        there: list[Sent] = []
+        with self._translated("write", key):
+            for piece in pieces:
+                crc = crc_of_range(draft.fd, piece.start, piece.end)
+                noted = resume.sent.get(piece.number)
+                if crc is None or crc != (noted.crc if noted else crc_of_range(source[0], source[1] + piece.start, source[1] + piece.end)):
+                    break
+                there.append(Sent(number=piece.number, crc=crc))
+            os.ftruncate(draft.fd, pieces[len(there) - 1].end if there else 0)
+        resume.begin(draft.name, there)
+        return len(there)
 
     @contextlib.contextmanager
-    def _writing(self, key: str, target: str, size_bytes: int, *, if_absent: bool) -> Iterator[int]:
-        """A descriptor to write the object to; when the block ends well, the object is there, whole and durable."""
+    def _writing(self, key: str, target: str, size_bytes: int, *, if_absent: bool, earlier: str = "") -> Iterator[Draft]:
+        """The file to write the object to; when the block ends well, the object is there, whole and durable."""
         folder, name = os.path.split(target)
         with contextlib.ExitStack() as stack:
             with self._translated("write", key, needed_bytes=size_bytes):
-                fd, path = stack.enter_context(temporary(folder, name, self._shared.folders.ensure))
+                draft = stack.enter_context(temporary(folder, name, self._shared.folders.ensure, earlier=earlier))
             failpoint("store.local.before_write")
-            yield fd
+            yield draft
             with self._translated("write", key, needed_bytes=size_bytes):
-                if (written := os.fstat(fd).st_size) != size_bytes:
+                if (written := os.fstat(draft.fd).st_size) != size_bytes:
                     raise IntegrityError(f"{key}: {written} bytes were written instead of {size_bytes}", key=key)
-                os.fsync(fd)
+                os.fsync(draft.fd)
             with self._translated("commit", key, unknown=True):
                 try:
-                    publish(fd, path, target, if_absent=if_absent)
+                    publish(draft.fd, draft.path, target, if_absent=if_absent)
                 except AlreadyExists as exc:
                     exc.facts["key"] = key
                     raise
@@ -238,7 +265,7 @@ class LocalStore(Store):
         if self._shared.probed:
             return
         with self._translated("probe", "", unknown=False), contextlib.ExitStack() as stack:
-            first, second = (stack.enter_context(temporary(self._root, "probe", self._shared.folders.ensure))[1] for _ in range(2))
+            first, second = (stack.enter_context(temporary(self._root, "probe", self._shared.folders.ensure)).path for _ in range(2))
             target = f"{first}-linked"
             stack.callback(_unlink, target)
             link_absent(first, target)

@@ -6,7 +6,6 @@ payload is not signed but carries its CRC64NVME, which costs a tenth of SHA-256 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import email.utils
 import logging
@@ -44,16 +43,18 @@ from dtr.store.base import (
     is_key,
     open_source,
 )
-from dtr.store.pieces import Piece, cut, move
+from dtr.store.crc import crc_of
+from dtr.store.pieces import Piece, cut, go_on, move, piece_bytes
+from dtr.store.resume import Resume, Sent
 from dtr.store.s3_location import S3Location
-from dtr.store.s3_parts import PART_BYTES, Part, combined, crc_of, mapped, part_bytes
+from dtr.store.s3_multipart import checksum, condition, put_parts
+from dtr.store.s3_parts import mapped
 from dtr.store.s3_requests import Requests
 
 __all__ = ["S3Store"]
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES: Final = 5 << 40
-_PART_THREADS: Final = 4
 _READ_BYTES: Final = 8 << 20
 _READ_THREADS: Final = 8
 
@@ -81,10 +82,17 @@ class S3Store(Store):
         self._put(key, content, if_absent=if_absent)
 
     def _put(
-        self, key: str, content: memoryview, *, if_absent: bool, resend: bool = False, before_retry: Callable[[], None] | None = None
+        self,
+        key: str,
+        content: memoryview,
+        *,
+        if_absent: bool,
+        resend: bool = False,
+        crc: int | None = None,
+        before_retry: Callable[[], None] | None = None,
     ) -> None:
         failpoint("store.s3.before_put")
-        options = {**_condition(if_absent), **self._checksum(crc_of(content))}
+        options = {**condition(if_absent), **checksum(crc_of(content) if crc is None else crc, used=self._requests.checksums)}
         conditional = if_absent and not resend
         answer = self._send("PutObject", key, conditional=conditional, content=content, before_retry=before_retry, **options)
         failpoint("store.s3.after_put")
@@ -99,6 +107,7 @@ class S3Store(Store):
         if_absent: bool = True,
         progress: Progress | None = None,
         offset: int = 0,
+        resume: Resume | None = None,
     ) -> None:
         check_key(key)
         if size_bytes > _LARGEST_BYTES:
@@ -108,13 +117,19 @@ class S3Store(Store):
             if if_absent:
                 self.probe()
             with mapped(fd, offset, size_bytes) as content:
-                if size_bytes <= PART_BYTES:
-                    if progress:
-                        progress(size_bytes)  # before it is visible, so that it can still be cancelled
-                    self._put(key, content, if_absent=if_absent, before_retry=partial(progress, size_bytes) if progress else None)
+                if size_bytes <= piece_bytes(size_bytes):
+                    self._put_whole(key, content, if_absent, progress, resume)
                 else:
-                    self._put_parts(key, content, if_absent, progress)
+                    self._put_parts(key, content, if_absent, progress, resume)
         self._check_size(key, size_bytes)
+
+    def _put_whole(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None, resume: Resume | None) -> None:
+        if progress:
+            progress(len(content))  # before it is visible, so that it can still be cancelled
+        crc = crc_of(content)
+        self._put(key, content, if_absent=if_absent, crc=crc, before_retry=partial(progress, len(content)) if progress else None)
+        if resume:
+            resume.done(Sent(number=1, crc=crc))
 
     def _check_size(self, key: str, size_bytes: int) -> None:
         """The service has acknowledged the object, so failing to see it now is not the same as a failed write."""
@@ -128,68 +143,22 @@ class S3Store(Store):
         if stored != size_bytes:
             raise IntegrityError(f"{self.url} holds {stored} bytes of {key}, {size_bytes} were sent", key=key)
 
-    def _put_parts(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None) -> None:
-        if if_absent:
+    def _put_parts(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None, resume: Resume | None) -> None:
+        if if_absent and (resume is None or resume.upload):  # else the key is new: only uploads on record write to it
             with contextlib.suppress(NotFound):  # the completion decides; this spares sending all for nothing
                 self.size(key)
                 raise AlreadyExists(f"{self.url} holds {key} already", key=key, maybe_ours=False)
-        declared = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"} if self._requests.checksums else {}
-        created = self._send("CreateMultipartUpload", key, **declared)
-        upload_id = created["UploadId"]
-        parts: dict[int, Part] = {}
-
-        def send(piece: Piece, over: threading.Event) -> None:
-            body = content[piece.start : piece.end]
-            crc = crc_of(body)
-            options = {"UploadId": upload_id, "PartNumber": piece.number, **self._checksum(crc)}
-            etag = self._send("UploadPart", key, content=body, before_retry=partial(_go_on, over), **options)["ETag"]
-            parts[piece.number] = Part(number=piece.number, size_bytes=piece.size_bytes, etag=etag, crc=crc)
-
-        try:
-            failpoint("store.s3.after_create")
-            move(send, cut(len(content), part_bytes(len(content))), threads=_PART_THREADS, progress=progress)
-            failpoint("store.s3.before_complete")
-            self._complete(key, upload_id, [parts[number] for number in sorted(parts)], if_absent=if_absent)
-        except BaseException as exc:
-            # A completion whose answer was lost may have been done: then there is nothing to abort, and somebody looks.
-            if not getattr(exc, "unknown", False):
-                self._abort(key, upload_id)
-            raise
-        finally:
-            if created["Attempts"] > 1 and if_absent:  # an answer was lost: the upload that it named is nobody's
-                self._abort_others(key, upload_id)
-        failpoint("store.s3.after_complete")
-
-    def _complete(self, key: str, upload_id: str, parts: list[Part], *, if_absent: bool) -> None:
-        options = _condition(if_absent)
-        if self._requests.checksums:
-            options |= {**self._checksum(combined(parts)), "ChecksumType": "FULL_OBJECT"}
-        named = [{"PartNumber": part.number, "ETag": part.etag, **self._checksum(part.crc)} for part in parts]
-        # Not to be sent again even without a condition: a second completion would meet the end of the first.
-        answer = self._send(
-            "CompleteMultipartUpload", key, conditional=True, UploadId=upload_id, MultipartUpload={"Parts": named}, **options
+        answer = put_parts(
+            self._send,
+            key,
+            content,
+            if_absent=if_absent,
+            checksums=self._requests.checksums,
+            progress=progress,
+            resume=resume,
+            others=lambda: [upload_id for found, upload_id in self._open_uploads(key, 0.0) if found == key],
         )
-        self._check_answer(key, answer, options)
-
-    def _abort(self, key: str, upload_id: str) -> None:
-        try:
-            self._send("AbortMultipartUpload", key, UploadId=upload_id)
-        except NotFound:
-            pass  # gone already
-        except DtrError as exc:
-            _log.warning("upload of %s stays open until abort_uploads: %s", key, exc, extra={"key": key})
-
-    def _abort_others(self, key: str, upload_id: str) -> None:
-        try:
-            others = [other for found, other in self._open_uploads(key, 0.0) if found == key and other != upload_id]
-        except DtrError as exc:
-            _log.warning("an upload of %s may stay open until abort_uploads: %s", key, exc, extra={"key": key})
-            return
-        for other in others:
-            self._abort(key, other)
-
-    def _checksum(self, crc: int) -> dict[str, Any]:
-        return {"ChecksumCRC64NVME": base64.b64encode(crc.to_bytes(8, "big")).decode()} if self._requests.checksums else {}
+        self._check_answer(key, answer, answer["Asked"])
 
     def _check_answer(self, key: str, answer: dict[str, Any], sent: dict[str, Any]) -> None:
         ours, theirs = sent.get("ChecksumCRC64NVME"), answer.get("ChecksumCRC64NVME")
@@ -222,16 +191,20 @@ class S3Store(Store):
     def read_into(self, key: str, buffer: memoryview | bytearray, offset: int = 0) -> int:
         view = as_bytes(buffer)
         check_range(offset, offset + len(view))
+        if len(view) <= _READ_BYTES:  # its answer tells where the object ends, too
+            content = self.get_range(key, offset, offset + len(view))
+            view[: len(content)] = content
+            return len(content)
         size_bytes = max(0, min(len(view), self.size(key) - offset))
 
         def read(piece: Piece, over: threading.Event) -> None:
             start = offset + piece.start
-            content = self._ranged(key, start, start + piece.size_bytes, before_retry=partial(_go_on, over))
+            content = self._ranged(key, start, start + piece.size_bytes, before_retry=partial(go_on, over))
             if len(content) != piece.size_bytes:
                 raise IntegrityError(f"{key} became shorter while it was read", key=key)
             view[piece.start : piece.end] = content
 
-        move(read, cut(size_bytes, _READ_BYTES), threads=_READ_THREADS if size_bytes > _READ_BYTES else 1)
+        move(read, cut(size_bytes, _READ_BYTES), threads=_READ_THREADS)
         return size_bytes
 
     def size(self, key: str) -> int:
@@ -344,19 +317,6 @@ class S3Store(Store):
 
     def _send(self, operation: str, key: str, **options: Any) -> dict[str, Any]:
         return self._requests.send(operation, self._at, key, **options)
-
-
-class _OverError(Exception):
-    """Another piece failed, or the caller cancelled: this one is not tried again. Never leaves this module."""
-
-
-def _go_on(over: threading.Event) -> None:
-    if over.is_set():
-        raise _OverError
-
-
-def _condition(if_absent: bool) -> dict[str, Any]:
-    return {"IfNoneMatch": "*"} if if_absent else {}
 
 
 def _server_time(answer: dict[str, Any]) -> datetime:

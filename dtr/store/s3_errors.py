@@ -15,6 +15,7 @@ _PERMISSION: Final = {
     "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject",
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    "ListParts": "s3:ListMultipartUploadParts",
     "ListMultipartUploads": "s3:ListBucketMultipartUploads",
     "GetObject": "s3:GetObject",
     "HeadObject": "s3:GetObject",
@@ -97,9 +98,9 @@ def _refused(what: str, said: str, facts: dict[str, Any], *, url: str, region: s
     operation, key, status, code = facts["operation"], facts["key"], facts["status"], facts["code"]
     if code == "NoSuchBucket":
         return Failure(error=StoreRefused(f"cannot {operation} in {url}: there is no such bucket; create it, or correct the URL", **facts))
-    if code == "NoSuchUpload" and operation != "AbortMultipartUpload":
+    if code == "NoSuchUpload" and operation not in {"AbortMultipartUpload", "ListParts"}:
         return Failure(error=StoreUnavailable(f"{what}: the upload was aborted or completed by another process", **facts))
-    if code == "NoSuchKey" or (status == 404 and operation in {"GetObject", "HeadObject", "AbortMultipartUpload"}):
+    if code == "NoSuchKey" or (status == 404 and operation in {"GetObject", "HeadObject", "AbortMultipartUpload", "ListParts"}):
         return Failure(error=NotFound(f"{what}: no such object", key=key))
     if status == 412:
         return Failure(error=AlreadyExists(f"{what}: it exists already", key=key, maybe_ours=False))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Final, Literal, Self
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from dtr.errors import ConfigError
 from dtr.store.base import check_prefix
+from dtr.store.endpoint import check_endpoint
 
 __all__ = ["S3Location"]
 
@@ -46,7 +47,7 @@ class S3Location:
         return cls(
             bucket=bucket,
             prefix=check_prefix(prefix),
-            endpoint=None if endpoint is None else _endpoint(endpoint),
+            endpoint=None if endpoint is None else check_endpoint(endpoint, credentials="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
             region=region,
             checksum="none" if checksum == "none" else "crc64nvme",
         )
@@ -61,19 +62,3 @@ class S3Location:
     def key(self, name: str) -> str:
         """The bucket's key for a key of this store."""
         return f"{self.prefix}/{name}" if self.prefix else name
-
-
-def _endpoint(text: str) -> str:
-    parts = urlsplit(text)
-    shown = re.sub(r"^.*@", "***@", text)[:100]
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise _wrong(f"endpoint must begin with http:// or https:// and name a host, got {shown!r}")
-    if "@" in parts.netloc:
-        raise _wrong(f"endpoint must not hold credentials, got {shown!r}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    try:
-        parts.port  # noqa: B018 - the property checks it
-    except ValueError as exc:
-        raise _wrong(f"endpoint's port must be a number up to 65535, got {shown!r}") from exc
-    if parts.query or parts.fragment:
-        raise _wrong(f"endpoint must be a plain address, got {shown!r}")
-    return text.rstrip("/")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, cast
 
 from dtr.checkpoint.lineage import split_name
 from dtr.checkpoint.manifest import Replicated
+from dtr.checkpoint.metrics import Metrics, decode
 from dtr.errors import StateCorrupt
 from dtr.state.job import JobState
 from dtr.views.reading import Fields, reading, whole
@@ -62,6 +63,8 @@ class CheckpointView:
     age_s: float | None  # since it was begun
     decided_ago_s: float | None
     parts: tuple[PartView, ...] | None
+    pinned: str = ""  # the note of its pin, `-` for none; empty: it is not pinned
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +167,7 @@ def _describe(
         on_lineage=on_lineage,
         size_bytes=fields.number("size_bytes"),
         world_size=fields.integer("world_size"),
-        replicated=cast("Replicated", fields.text("replicated")),
+        replicated=cast("Replicated", fields.text("replicated").partition(" ")[0]),
         # A checkpoint that was rebuilt from the store has no count of its own: its decision says that nothing is missing.
         done=fields.integer("done", expected if word in {COMMITTED, "ABANDONED"} else 0),
         expected=expected,
@@ -173,6 +176,8 @@ def _describe(
         decided_at_ms=decided_at,
         age_s=None if created_at is None else max(0, now_ms - created_at) / 1000,
         decided_ago_s=None if decided_at is None else max(0, now_ms - decided_at) / 1000,
+        pinned=fields.text("pinned"),
+        metrics=decode(fields.text("metrics"), fields.key),
         parts=parts,
     )
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from dtr.config import Settings
+from dtr.config import Origin, Settings
 from dtr.state.client import mask
 
-__all__ = ["SettingView", "SettingsView", "masked", "origins", "read"]
+__all__ = ["SettingView", "SettingsView", "masked", "read"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingView:
-    """One setting. ``origin`` is ``argument``, ``environment`` or ``default``, or ``file``; ``place`` is the variable or the file."""
+    """One setting. ``origin`` is argument, environment, file or default; ``place`` is the option, the variable or the file."""
 
     name: str
     value: Any
@@ -40,13 +38,13 @@ def read(*, environ: Mapping[str, str], **given: Any) -> SettingsView:
         ConfigError: as :meth:`Settings.load`.
     """
     values = Settings.load(environ=environ, **given).as_dict()
-    found = origins(environ=environ, **given)
+    found = Settings.origins(environ=environ, **given)
     views = tuple(
         SettingView(
             name=spec.name,
             value=masked(values[spec.name]),
-            origin=found[spec.name][0],
-            place=found[spec.name][1],
+            origin=found[spec.name].kind,
+            place=_place(spec.name, found[spec.name]),
             about=spec.metadata["what"],
         )
         for spec in fields(Settings)
@@ -54,19 +52,8 @@ def read(*, environ: Mapping[str, str], **given: Any) -> SettingsView:
     return SettingsView(settings=views)
 
 
-def origins(*, environ: Mapping[str, str], **given: Any) -> dict[str, tuple[str, str]]:
-    """Where each setting comes from: (argument | environment | file | default, the variable or file), for settings that load."""
-    file = environ.get("DTR_CONFIG", "dtr.toml")
-    table = tomllib.loads(Path(file).read_text(encoding="utf-8")) if Path(file).exists() else {}
-
-    def origin(name: str) -> tuple[str, str]:
-        if given.get(name) is not None:
-            return "argument", f"--{'url' if name == 'redis_url' else name}"
-        if f"DTR_{name.upper()}" in environ:
-            return "environment", f"DTR_{name.upper()}"
-        return ("file", file) if name in table else ("default", "")
-
-    return {spec.name: origin(spec.name) for spec in fields(Settings)}
+def _place(name: str, origin: Origin) -> str:
+    return f"--{'url' if name == 'redis_url' else name}" if origin.kind == "argument" else origin.place
 
 
 def masked(value: Any) -> Any:

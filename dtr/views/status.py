@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from dtr import counters
 from dtr.errors import CoordinatorRefused
 from dtr.state.job import JobState
-from dtr.views import checkpoints, events, jobs, rounds, server, uploaders, workers
+from dtr.views import checkpoints, events, failures, jobs, rounds, server, uploaders, workers
 from dtr.views.checkpoints import CheckpointView
 from dtr.views.events import Event
+from dtr.views.failures import FailedSave
 from dtr.views.jobs import JobSummary
 from dtr.views.reading import Fields, reading
 from dtr.views.rounds import RoundView
@@ -66,6 +67,7 @@ class JobView:
     latest: CheckpointView | None
     unsaved_steps: int | None  # how far the trainers are ahead of it
     open_checkpoints: tuple[CheckpointView, ...]
+    failed_saves: tuple[FailedSave, ...]  # the newest first
     uploaders: tuple[UploaderView, ...]
     counters: dict[str, int]
     events: tuple[Event, ...]
@@ -109,6 +111,7 @@ def read(state: JobState, *, event_count: int = 6) -> JobView:
         roster = Fields(keys.run(run), state.redis.hgetall(keys.run(run)) if run else {})
     index = checkpoints.read_open(state)
     latest = checkpoints.read_one(state, *checkpoints.split(index.latest, keys.meta)) if index.latest else None
+    failed = failures.read(state, latest, now_ms=now_ms)
     uploading = uploaders.read(state, people.workers, index.checkpoints)
     with reading(state):
         counted = counters.read(state)
@@ -117,7 +120,7 @@ def read(state: JobState, *, event_count: int = 6) -> JobView:
         job=state.job,
         verdict=word,
         sentence=sentence,
-        warnings=warnings(people, uploaders=uploading, checkpoints=index.checkpoints, last_run=run),
+        warnings=warnings(people, uploaders=uploading, checkpoints=index.checkpoints, last_run=run, failed=failed),
         phase=meta.text("phase"),
         run=meta.text("run"),
         last_run=meta.text("last_run"),
@@ -133,6 +136,7 @@ def read(state: JobState, *, event_count: int = 6) -> JobView:
         latest=latest,
         unsaved_steps=_unsaved(latest, people.workers),
         open_checkpoints=index.checkpoints,
+        failed_saves=failed,
         uploaders=uploading,
         counters=counted,
         events=events.read(state, count=event_count).events,

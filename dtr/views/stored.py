@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dtr import names
@@ -16,8 +16,10 @@ from dtr.checkpoint.candidates import name_of
 from dtr.checkpoint.catalogue import Listed, catalogue, verify_parts
 from dtr.checkpoint.lineage import Lineage
 from dtr.checkpoint.manifest import Manifest, Replicated
+from dtr.checkpoint.metrics import Metrics
 from dtr.checkpoint.survey import Holdings, known_runs, lineage_of, read_manifest, survey
 from dtr.errors import CoordinatorUnavailable, IntegrityError, InvalidInput, NoCheckpoint, NotFound
+from dtr.runs import run_number
 from dtr.state.job import JobState
 from dtr.store import Store, open_store
 from dtr.views import checkpoints
@@ -27,6 +29,9 @@ from dtr.views.reading import reading
 __all__ = ["Checked", "CheckpointRow", "CheckpointsView", "OneView", "Sources", "read", "read_one", "targets", "verify"]
 
 _READERS: Final = 8
+_LONGEST_STEP: Final = 20  # digits
+_NO_MANIFEST: Final = "it was committed, but its manifest is not in the store"
+_LEFT: Final = "the job went on from an earlier step"
 _NO_STORE: Final = "no store is known: give --store to compare with it"
 _NOTHING: Final = (
     "Redis knows no checkpoint of this job: give --store to look there; if Redis was emptied, `dtr rebuild --from STORE` tells it"
@@ -91,17 +96,20 @@ class CheckpointRow:
     at_ms: int | None
     in_index: bool | None
     in_store: bool | None
+    pinned: str = ""  # the note of its pin, `-` for none; empty: it is not pinned
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointsView:
-    """The checkpoints of a job, the newest first; ``note`` says what could not be asked."""
+    """The checkpoints of a job, the newest first; ``note`` says what could not be asked, ``older`` how many records were not read."""
 
     job: str
     store: str
     latest: str  # RUN/STEP, empty if there is none
     note: str
     checkpoints: tuple[CheckpointRow, ...]
+    older: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +140,20 @@ class Checked:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(sources: Sources, *, retired: bool = False) -> CheckpointsView:
+def read(sources: Sources, *, retired: bool = False, most: int | None = None) -> CheckpointsView:
     """List the checkpoints, with those that retention removed only if asked for.
 
     A store keeps the tombstones of all that it ever held, so they are read only where the index may have gaps.
 
+    Args:
+        sources: where to look.
+        retired: list also those that retention removed.
+        most: how many records that the index lacks are read, the newest first; None: all.
+
     Raises:
         StoreUnavailable, CoordinatorUnavailable, StateCorrupt.
     """
+    older = 0
     index, store = sources.index, sources.store
     indexed = [] if index is None else list(index.checkpoints)
     latest = "" if index is None else index.latest
@@ -150,7 +164,9 @@ def read(sources: Sources, *, retired: bool = False) -> CheckpointsView:
         known = {(ckpt.run, ckpt.step) for ckpt in indexed}
         if retired or sources.state is None or known_runs(sources.state, holdings.runs) < holdings.runs:
             lineage = lineage_of(store, sources.url, holdings, sources.state)
-            listed = _listed(store, lineage, replace(holdings, decided=holdings.decided - known))
+            unknown = sorted(holdings.decided - known, key=lambda name: (run_number(name[0]), *name), reverse=True)
+            older = 0 if most is None else max(0, len(unknown) - most)
+            listed = _listed(store, lineage, replace(holdings, decided=frozenset(unknown[:most])))
             latest = latest or _latest(lineage, listed)
     rows = [_indexed_row(ckpt, holdings, sources.url) for ckpt in indexed]
     rows += [_listed_row(one, latest, index) for one in listed]
@@ -160,7 +176,7 @@ def read(sources: Sources, *, retired: bool = False) -> CheckpointsView:
     note = sources.note
     if elsewhere and not note and sources.url:
         note = f"some of these are in {', '.join(elsewhere)}, as Redis says; that was not asked"
-    return CheckpointsView(job=sources.job, store=sources.url, latest=latest, note=note, checkpoints=tuple(rows))
+    return CheckpointsView(job=sources.job, store=sources.url, latest=latest, note=note, checkpoints=tuple(rows), older=older)
 
 
 def read_one(sources: Sources, run: str, step: int) -> OneView:
@@ -214,7 +230,7 @@ def verify(sources: Sources, wanted: Sequence[tuple[str, int]]) -> Iterator[Chec
 
 
 def targets(sources: Sources, words: Sequence[str], *, everything: bool = False) -> list[tuple[str, int]]:
-    """What ``RUN STEP``, ``RUN/STEP``, ``latest`` (or nothing) mean; with ``everything`` each commit of the listing.
+    """What ``RUN STEP``, ``RUN/STEP``, ``STEP`` (of the newest run), ``latest`` (or nothing) mean; with ``everything`` each commit listed.
 
     Raises:
         InvalidInput: the words are none of these.
@@ -222,6 +238,8 @@ def targets(sources: Sources, words: Sequence[str], *, everything: bool = False)
     """
     if everything:
         return [(row.run, row.step) for row in read(sources).checkpoints if row.state in {"COMMITTED", "ABANDONED", "DAMAGED"}]
+    if len(words) == 1 and words[0].isascii() and words[0].isdigit() and len(words[0]) <= _LONGEST_STEP:
+        return [_of_step(sources, names.step(int(words[0])))]
     if list(words) not in ([], ["latest"]):
         return [_parsed(words)]
     found = read(sources).latest
@@ -230,10 +248,18 @@ def targets(sources: Sources, words: Sequence[str], *, everything: bool = False)
     return [checkpoints.split(found)]
 
 
+def _of_step(sources: Sources, step: int) -> tuple[str, int]:
+    """The checkpoint of this step that was begun last: several runs may have one."""
+    found = [row for row in read(sources, retired=True).checkpoints if row.step == step]
+    if not found:
+        raise NoCheckpoint(f"job {sources.job} has no checkpoint of step {step}; `dtr ckpt ls` lists them", step=step)
+    return found[0].run, step
+
+
 def _parsed(words: Sequence[str]) -> tuple[str, int]:
     pieces = words[0].split("/") if len(words) == 1 else list(words)
-    if len(pieces) != 2 or pieces[0] == "latest" or not (pieces[1].isascii() and pieces[1].isdigit()):
-        raise InvalidInput(f"expected RUN STEP, RUN/STEP or latest, got {' '.join(words)[:80]!r}", field="checkpoint")
+    if len(pieces) != 2 or pieces[0] == "latest" or not (pieces[1].isascii() and pieces[1].isdigit() and len(pieces[1]) <= _LONGEST_STEP):
+        raise InvalidInput(f"expected RUN STEP, RUN/STEP, STEP or latest, got {' '.join(words)[:80]!r}", field="checkpoint")
     return names.name(pieces[0], "run"), names.step(int(pieces[1]))
 
 
@@ -264,11 +290,12 @@ def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None, url: str) -> C
     asked = holdings is not None and ckpt.store in {"", url}  # a job may have moved: the other store was not asked
     in_store = (ckpt.run, ckpt.step) in holdings.decided if asked and holdings is not None else None
     gone = ckpt.state in {"COMMITTED", "ABANDONED"} and in_store is False
+    left = ckpt.state == "COMMITTED" and not ckpt.on_lineage  # it was decided before the job went on from an earlier step
     return CheckpointRow(
         run=ckpt.run,
         step=ckpt.step,
-        state="DAMAGED" if gone else ckpt.state,
-        reason="it was committed, but its manifest is not in the store" if gone else ckpt.reason,
+        state="DAMAGED" if gone else "ABANDONED" if left else ckpt.state,
+        reason=_NO_MANIFEST if gone else _LEFT if left else ckpt.reason,
         latest=ckpt.latest,
         size_bytes=ckpt.size_bytes,
         world_size=ckpt.world_size,
@@ -278,6 +305,8 @@ def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None, url: str) -> C
         at_ms=ckpt.created_at_ms,
         in_index=True,
         in_store=in_store,
+        pinned=ckpt.pinned,
+        metrics=ckpt.metrics,
     )
 
 
@@ -298,6 +327,8 @@ def _listed_row(listed: Listed, latest: str, index: IndexView | None) -> Checkpo
         at_ms=listed.created_at_ms or None,
         in_index=None if index is None else False,
         in_store=True,
+        pinned="-" if listed.pinned else "",
+        metrics=listed.metrics,
     )
 
 

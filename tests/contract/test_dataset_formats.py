@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from dtr.datasets.formats import Format, Span, format_of_fields, make_format
 from dtr.datasets.formats import jsonl as jsonl_module
@@ -46,10 +51,40 @@ def write_tokens(path: Path, rows: int) -> None:
     np.arange(rows * 5, dtype="<u2").tofile(path)
 
 
+def write_tar(path: Path, rows: int) -> None:
+    with tarfile.open(path, "w") as archive:
+        for i in range(rows):
+            # A name beyond 100 letters takes a header of its own before the member's.
+            key = f"images/{'long' * (30 if i % 5 == 0 else 1)}-{i:04}"
+            for extension, content in (("cls", str(i).encode()), ("seg.bin", b"\0" * (i % 3 * 400))):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def write_mds(path: Path, rows: int) -> None:
+    """As MosaicML Streaming's MDSWriter lays out one shard."""
+    described = {"column_names": ["id", "text"], "column_encodings": ["int", "str"], "column_sizes": [8, None]}
+    config = json.dumps(described).encode()
+    texts = [("ü" * (i % 7)).encode() for i in range(rows)]
+    samples = [struct.pack("<I", len(text)) + struct.pack("<q", i) + text for i, text in enumerate(texts)]
+    first = 4 + 4 * (rows + 1) + len(config)
+    begins = [first + sum(map(len, samples[:i])) for i in range(rows + 1)]
+    path.write_bytes(struct.pack(f"<I{rows + 1}I", rows, *begins) + config + b"".join(samples))
+
+
+def write_parquet(path: Path, rows: int) -> None:
+    table = pa.table({"id": list(range(rows)), "text": [None if i % 4 == 0 else "ü" * (i % 7) for i in range(rows)]})
+    parquet.write_table(table, path, row_group_size=6)
+
+
 CASES = {
     "jsonl": Case(make_format("jsonl"), write_jsonl, "id", lambda i: i),
     "npy": Case(make_format("npy"), write_npy, "data", lambda i: [[6 * i, 6 * i + 1, 6 * i + 2], [6 * i + 3, 6 * i + 4, 6 * i + 5]]),
     "npy structured": Case(make_format("npy"), write_structured, "id", lambda i: i),
+    "tar": Case(make_format("tar"), write_tar, "cls", lambda i: i),
+    "mds": Case(make_format("mds"), write_mds, "id", lambda i: i),
+    "parquet": Case(make_format("parquet"), write_parquet, "id", lambda i: i),
     "bin": Case(make_format("bin", dtype="uint16", sample_length=5), write_tokens, "tokens", lambda i: list(range(5 * i, 5 * i + 5))),
 }
 
@@ -324,8 +359,8 @@ class TestTokens:
         ("JSONL", "did you mean 'jsonl'"),
         ("numpy", "did you mean 'npy'"),
         ("tokens", "did you mean 'bin'"),
-        ("parquet", "known are bin, jsonl, npy"),
-        (None, "known are bin, jsonl, npy"),
+        ("lmdb", "known are bin, jsonl, mds, npy, parquet, tar"),
+        (None, "known are bin, jsonl, mds, npy, parquet, tar"),
     ],
 )
 def test_an_unknown_format_is_refused_and_the_nearest_named(name: Any, message: str) -> None:

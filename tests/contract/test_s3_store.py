@@ -16,13 +16,15 @@ from dtr.errors import (
     StoreUnavailable,
 )
 from dtr.store import Store, open_store, s3_requests
-from dtr.store.s3_parts import PART_BYTES, part_bytes
+from dtr.store.pieces import piece_bytes
 from tests.contract.store_contract import LARGE_BYTES, MANIFEST, Cancelled, StoreContract
 from tests.proxy import Proxy
 from tests.s3_faults import FaultyS3
 from tests.servers import SeaweedServer, free_port
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")
+
+MIB = 1 << 20
 
 
 class TestS3Store(StoreContract):
@@ -252,11 +254,11 @@ def test_orphans_are_found_and_aborted(store: Store, seaweed: SeaweedServer, pre
 # --- sizes ---
 
 
-@pytest.mark.parametrize("size_bytes", [0, 1, PART_BYTES, 9_000 * PART_BYTES, 9_000 * PART_BYTES + 1, 1 << 40, 5 << 40])
+@pytest.mark.parametrize("size_bytes", [0, 1, 16 * MIB, 9_000 * 16 * MIB, 9_000 * 16 * MIB + 1, 1 << 40, 5 << 40])
 def test_parts_are_few_and_whole_mebibytes(size_bytes: int) -> None:
-    """Never more than 9,000 parts of 16 MiB or more."""
-    size = part_bytes(size_bytes)
-    assert size >= PART_BYTES
+    """Never more than 9,000 pieces of 16 MiB or more."""
+    size = piece_bytes(size_bytes)
+    assert size >= 16 * MIB
     assert size % (1 << 20) == 0
     assert size * 9_000 >= size_bytes
 

@@ -102,6 +102,10 @@ def test_a_stopped_trainer_is_stalled_not_dead(
     assert launcher.wait() == 0
     assert launcher.err.count("is stalled") == 1
     assert "goes on" in launcher.err
+    told = [fields for _, fields in raw.xrange(Keys(job).events) if fields["event"] in {"stalled", "resumed"}]
+    assert [(fields["event"], fields["worker"]) for fields in told] == [("stalled", victim["worker"]), ("resumed", victim["worker"])]
+    assert "SIGSTOP" in told[0]["reason"]
+    assert int(told[1]["after_ms"]) > 3000
     assert raw.hget(Keys(job).meta, "last_run") == run
 
 

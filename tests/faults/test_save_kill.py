@@ -25,7 +25,13 @@ from tests.waiting import eventually
 
 WITHIN_S = 30
 STAGED = ["save.after_stage", "save.before_begin", "save.after_begin", "save.after_enqueue", "stage.after_staged_record"]
-TORN = ["stage.before_record", "stage.after_copying_record", "stage.before_staged_record"]
+TORN = [
+    "stage.before_record",
+    "stage.after_copying_record",
+    "stage.mid_copy",
+    "stage.half_copied",
+    "stage.before_staged_record",
+]
 BASE = ["restore.before_record", "restore.after_record", "restore.after_base"]
 
 # Saves step 1 and waits for it, then dies in the save of step 2, as a trainer without an agent.

@@ -29,7 +29,7 @@ FAILPOINTS = [
 ]
 
 
-@pytest.mark.parametrize("name", FAILPOINTS)
+@pytest.mark.parametrize("name", ["stage.after_claim", *FAILPOINTS])
 def test_a_killed_trainer_leaves_a_part_or_nothing(tmp_path: Path, name: str) -> None:
     """Before the STAGED record there is no part; from then on it is whole; the memory of the rest comes back."""
     child = trainer(tmp_path, fault=f"{name}=kill")

@@ -69,6 +69,27 @@ class TestRedis:
         assert training.view().parts[0].attempts == 1
         verified(training)
 
+    def test_away_in_mid_upload(self, training: Training) -> None:
+        """The pieces go on into the store without Redis; the claim is still ours when it is back, and nothing was sent twice."""
+        training.stage(data=payload(1, 0, 48 << 20))
+        store = Path(training.store_url.removeprefix("file://"))
+        with Proxy(int(training.url.rsplit(":", 1)[1].split("/")[0])) as proxy:
+            direct, training.url = training.url, f"redis://127.0.0.1:{proxy.port}/0"
+            words: list[str] = []
+            limits = Limits(lease_s=60.0, mbps=40.0)
+            slow = threading.Thread(target=lambda: words.append(upload(training, limits=limits)))
+            slow.start()
+            eventually(lambda: any(path.stat().st_size > 8 << 20 for path in store.rglob(".dtr-tmp-*")), what="the first pieces")
+            proxy.set_mode("refuse")
+            eventually(training.objects, what="all bytes in the store")
+            assert training.state_of() == "WRITING"
+            proxy.set_mode("pass")
+            slow.join(60)
+            training.url = direct
+        assert words == ["COMMITTED"]
+        assert training.view().parts[0].claims == 1
+        verified(training)
+
     def test_away_between_put_and_record(self, training: Training) -> None:
         """The bytes are in the store; the record waits for Redis instead of sending them again."""
         training.stage()

@@ -219,7 +219,7 @@ def test_verify_finds_every_damage(stored, dtr, damage):
     ("words", "code", "says"),
     [
         (["0001-none", "5"], 1, "0001-none/5"),
-        (["latest", "5"], 2, "expected RUN STEP, RUN/STEP or latest"),
+        (["latest", "5"], 2, "expected RUN STEP, RUN/STEP, STEP or latest"),
         (["0001-a", "1e3"], 2, "expected RUN STEP"),
         (["0001-a", "99999999999999999999"], 2, "step must be an integer from 0 to"),
         (["../x/5"], 2, "expected RUN STEP"),

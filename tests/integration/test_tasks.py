@@ -77,6 +77,12 @@ class TestOneWorker:
         committed(training, 1)
         eventually(lambda: slots_free(training), what="a free slot")
 
+    def test_a_published_collection_is_made(self, training: Training) -> None:
+        """The message has the job's name alone; the worker notes in Redis that it was this job's turn."""
+        publish.collect(training.url, host=training.host, job=training.job)
+        key = training.state.keys.retention
+        eventually(lambda: training.state.redis.hget(key, "collected_at") is not None, what="a collection")
+
     def test_a_part_that_nobody_published_commits(self, training: Training) -> None:
         """Its trainer died before it told anyone: the reconciler finds the slot, and the dead trainer's memory goes."""
         training.stage(begin=False)
@@ -107,7 +113,7 @@ class TestOneWorker:
                 end(child)
         assert answers["ping"] == {"ok": "pong"}
         assert [queue["name"] for queue in answers["active_queues"]] == [upload_queue(training.host)]
-        assert sorted(answers["registered"]) == ["dtr.settle", "dtr.upload_part"]
+        assert sorted(answers["registered"]) == ["dtr.collect", "dtr.settle", "dtr.upload_part"]
 
     def test_what_is_no_message_does_no_harm(self, one_worker: Stack, training: Training) -> None:
         """Not JSON, too deep, too large, wrong fields, an unknown job's: dropped with a line, and work goes on."""

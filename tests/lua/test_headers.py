@@ -13,11 +13,11 @@ from dtr.state.scripts import Script, catalogue, parse_header
 SCRIPTS = list(catalogue())
 WRITE_COMMANDS = {
     "DEL", "EXPIRE", "HDEL", "HINCRBY", "HSET", "HSETNX", "PERSIST", "PEXPIRE", "PEXPIREAT", "RENAME", "RPUSH", "SADD", "SET",
-    "SREM", "UNLINK", "XADD", "XTRIM", "ZADD", "ZREM", "ZREMRANGEBYSCORE",
+    "SETBIT", "SREM", "UNLINK", "XADD", "XTRIM", "ZADD", "ZREM", "ZREMRANGEBYSCORE",
 }  # fmt: skip
 READ_COMMANDS = {
-    "EXISTS", "GET", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "SCARD", "SISMEMBER", "SMEMBERS", "TIME", "TTL",
-    "XREVRANGE", "ZCARD", "ZRANGE", "ZSCORE",
+    "BITCOUNT", "BITPOS", "EXISTS", "GET", "GETBIT", "HEXISTS", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "SCARD",
+    "SISMEMBER", "SMEMBERS", "STRLEN", "TIME", "TTL", "XREVRANGE", "ZCARD", "ZRANGE", "ZSCORE",
 }  # fmt: skip
 CALL = re.compile(r"redis\.call\('(\w+)'(?:,\s*([\w\[\]]+))?")
 

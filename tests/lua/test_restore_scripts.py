@@ -19,17 +19,19 @@ def seat(who: Identity, run: Run) -> list[Any]:
     return [who.state_id, run.id, who.worker_id, run.roster[who.worker_id].rank, who.incarnation]
 
 
-def offer(state: JobState, who: Identity, run: Run, offered: str, *rejected: str, attempt: int = 0, fresh: bool = False) -> list[Any]:
+def offer(
+    state: JobState, who: Identity, run: Run, offered: str, *rejected: str, attempt: int = 0, fresh: bool = False, limit: int = 0
+) -> list[Any]:
     k = state.keys
-    keys = [k.meta, k.roster, k.run(run.id), k.restore(run.id), k.wake]
-    answer: list[Any] = state.call("restore_offer", keys, [*seat(who, run), attempt, int(fresh), offered, *rejected])
+    keys = [k.meta, k.roster, k.run(run.id), k.restore(run.id), k.wake, k.restores, k.events]
+    answer: list[Any] = state.call("restore_offer", keys, [*seat(who, run), attempt, int(fresh), offered, limit, *rejected])
     return answer
 
 
-def vote(state: JobState, who: Identity, run: Run, choice: str, no: str = "", attempt: int = 0) -> list[Any]:
+def vote(state: JobState, who: Identity, run: Run, choice: str, no: str = "", attempt: int = 0, *, damaged: bool = False) -> list[Any]:
     k = state.keys
-    keys = [k.meta, k.roster, k.run(run.id), k.restore(run.id), k.wake]
-    answer: list[Any] = state.call("restore_vote", keys, [*seat(who, run), attempt, choice, no])
+    keys = [k.meta, k.roster, k.run(run.id), k.restore(run.id), k.wake, k.restores]
+    answer: list[Any] = state.call("restore_vote", keys, [*seat(who, run), attempt, choice, no, int(damaged)])
     return answer
 
 
@@ -48,7 +50,9 @@ def base(
         k.wake,
         k.events,
     ]
-    answer: list[Any] = state.call("run_base", keys, [*seat(who, run), phase, base_run, base_step, store, after_ms, 5, 1000, *ancestors])
+    answer: list[Any] = state.call(
+        "run_base", keys, [*seat(who, run), phase, base_run, base_step, store, after_ms, 5, 1000, 0, "", 0, *ancestors]
+    )
     return answer
 
 
@@ -141,6 +145,44 @@ class TestVotes:
             vote(job_state, a, run, "0001-x/2")
 
 
+class TestCounting:
+    def counted(self, state: JobState) -> dict[str, str]:
+        held: dict[str, str] = state.redis.hgetall(state.keys.restores)
+        return held
+
+    def test_a_choice_is_counted_and_an_agreement_clears_it(self, job_state: JobState) -> None:
+        """What is chosen was begun; restored by all, nothing of it stays."""
+        (a, b), run = formed(job_state, "a", "b")
+        offer(job_state, a, run, "0001-x/2")
+        assert self.counted(job_state) == {}
+        offer(job_state, b, run, "0001-x/2")
+        assert self.counted(job_state) == {"0001-x/2/begun": "1"}
+        vote(job_state, a, run, "0001-x/2")
+        vote(job_state, b, run, "0001-x/2")
+        assert self.counted(job_state) == {}
+
+    def test_every_try_is_counted_once_for_all_ranks(self, job_state: JobState) -> None:
+        """Each attempt that chose it counts one, and one that found damage is told apart; also one that nobody could finish."""
+        (a, b), run = formed(job_state, "a", "b")
+        for attempt, damaged in enumerate((True, False)):
+            offer(job_state, a, run, "0001-x/2", attempt=attempt)
+            offer(job_state, b, run, "0001-x/2", attempt=attempt)
+            for who in (b, a):
+                vote(job_state, who, run, "0001-x/2", f"no {attempt}", attempt, damaged=damaged)
+        offer(job_state, a, run, "0001-x/2", attempt=2)
+        offer(job_state, b, run, "0001-x/2", attempt=2)
+        assert self.counted(job_state) == {"0001-x/2/begun": "3", "0001-x/2/damaged": "1", "0001-x/2/reason": "no 1"}
+
+    def test_passing_over_what_was_tried_too_often_is_an_event(self, job_state: JobState) -> None:
+        """Once for the run, whoever says it first; what is rejected for another reason is none."""
+        (a, b), run = formed(job_state, "a", "b")
+        job_state.redis.hset(job_state.keys.restores, mapping={"0001-x/2/begun": 3, "0001-x/3/begun": 2})
+        for who in (a, b):
+            offer(job_state, who, run, "0001-x/1", "0001-x/2", "is quarantined", "0001-x/3", "is missing", limit=3)
+        told = [fields for _, fields in job_state.redis.xrange(job_state.keys.events) if fields["event"] == "ckpt_quarantined"]
+        assert told == [{"event": "ckpt_quarantined", "run": "0001-x", "step": "2", "begun": "3", "reason": "is quarantined"}]
+
+
 class TestBase:
     def test_cut_replaces_the_lineage_and_set_opens_the_run(self, job_state: JobState) -> None:
         """After CUT the lineage ends at the chosen step; latest is the base; SET is what others wait for."""
@@ -223,7 +265,7 @@ class TestIndex:
     def ckpt_of(self, state: JobState, state_id: str, run: str, step: int, decision: str = "commit") -> str:
         k = state.keys
         keys = [k.meta, k.lineage, k.ckpt(run, step), k.parts(run, step), k.ckpts, k.open_ckpts, k.events]
-        return str(state.call("index_ckpt", keys, [state_id, run, step, decision, "", 2, 0, STORE, 5, 100, "0/state", "done"]))
+        return str(state.call("index_ckpt", keys, [state_id, run, step, decision, "", 2, 0, STORE, 5, 100, "", "", "", "0/state", "done"]))
 
     def test_fills_an_empty_index_once(self, job_state: JobState) -> None:
         """Runs, lineage and checkpoints come back as the store has them; again changes nothing."""
@@ -255,39 +297,3 @@ class TestIndex:
         opened(job_state)
         with pytest.raises(StateLost):
             self.run_of(job_state, "0" * 16, "0001-a")
-
-
-class TestRetention:
-    def retire(self, state: JobState, run: Run, name: str) -> int:
-        k = state.keys
-        step = int(name.rpartition("/")[2])
-        return int(state.call("retention_retire", [k.meta, k.run(run.id), k.restore(run.id), k.ckpt(name.rpartition("/")[0], step)],
-                              [run.id, name]))  # fmt: skip
-
-    def committed(self, state: JobState, name: str) -> None:
-        run, _, step = name.rpartition("/")
-        state.redis.hset(state.keys.ckpt(run, int(step)), mapping={"state": "COMMITTED"})
-        state.redis.zadd(state.keys.ckpts, {name: int(step)})
-
-    def test_the_base_and_the_newest_stay(self, job_state: JobState) -> None:
-        """Retirement is refused for what a restart would need."""
-        (a,), run = formed(job_state, "a")
-        for name in ("0000-o/1", "0000-o/2", f"{run.id}/9"):
-            self.committed(job_state, name)
-        assert self.retire(job_state, run, "0000-o/1") == 0, "the run has no base yet: it may be about to restore this one"
-        base(job_state, a, run, "CUT", "0000-o/2", "0000-o", 2)
-        base(job_state, a, run, "SET", "0000-o/2")
-        job_state.redis.hset(job_state.keys.meta, "latest", f"{run.id}/9")
-        assert [self.retire(job_state, run, n) for n in ("0000-o/1", "0000-o/2", f"{run.id}/9")] == [1, 0, 0]
-        assert self.retire(job_state, run, "0000-o/1") == 1
-
-    def test_only_what_is_retired_or_aborted_is_forgotten(self, job_state: JobState) -> None:
-        """A commit in use never leaves the index."""
-        formed(job_state, "a")
-        keys = job_state.keys
-        self.committed(job_state, "0000-o/1")
-        forget = [keys.ckpts, keys.ckpt("0000-o", 1), keys.parts("0000-o", 1)]
-        assert job_state.call("retention_forget", forget, ["0000-o/1"]) == 0
-        job_state.redis.hset(keys.ckpt("0000-o", 1), "retired_at", 1)
-        assert job_state.call("retention_forget", forget, ["0000-o/1"]) == 1
-        assert job_state.redis.exists(*forget) == 0

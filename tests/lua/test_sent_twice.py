@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 
-from dtr.membership import Identity, beat, reap
+from dtr.checkpoint import failures, lease
+from dtr.membership import Identity, beat, reap, stall
 from dtr.state.job import JobState
 from dtr.state.scripts import catalogue, load
+from dtr.store.resume import Sent
 from tests.lua import checkpoints as ckpt
 from tests.lua import jobs
+from tests.lua import test_ckpt_data as data
 from tests.lua import test_dataset_scripts as dataset
+from tests.lua import test_ledger_scripts as ledger
 from tests.lua import test_placement_scripts as placement
 from tests.lua import test_restore_scripts as restore
+from tests.lua import test_retention_scripts as retention
 from tests.proxy import Proxy
 from tests.servers import RedisServer
 
@@ -60,6 +65,11 @@ def member_beat(state: JobState) -> Act:
     (who, _), _ = jobs.formed(state, "a", "b")
     state.redis.hset(state.keys.meta, "beat_at", state.server_now_ms() - 500)
     return lambda s: beat(s, who, number=1, ttl_ms=60_000, interval_ms=1000, step=7).run
+
+
+def member_stall(state: JobState) -> Act:
+    (who, _), _ = jobs.formed(state, "a", "b")
+    return effect(lambda s: stall(s, who, step=7, reason="the process is stopped"))
 
 
 def member_reap(state: JobState) -> Act:
@@ -142,7 +152,7 @@ def restore_vote(state: JobState) -> Act:
     (a, b), run = jobs.formed(state, "a", "b")
     for who in (a, b):
         restore.offer(state, who, run, "0000-x/10 0000-x/5")
-    return lambda s: restore.vote(s, a, run, "0000-x/10", "it is damaged")
+    return lambda s: restore.vote(s, a, run, "0000-x/10", "it is damaged", damaged=True)
 
 
 def run_base(state: JobState) -> Act:
@@ -166,24 +176,46 @@ def index_ckpt(state: JobState) -> Act:
 
 
 def retention_retire(state: JobState) -> Act:
-    (a,), run = jobs.formed(state, "a")
-    for name in ("0000-o/1", "0000-o/2"):
-        restore.TestRetention().committed(state, name)
-    restore.base(state, a, run, "CUT", "0000-o/2", "0000-o", 2)
-    restore.base(state, a, run, "SET", "0000-o/2", "0000-o", 2)
-    return lambda s: restore.TestRetention().retire(s, run, "0000-o/1")
+    a, run = retention.settled(state, "0000-o/1")
+    return lambda s: retention.retire(s, a, run, "0000-o/1")
+
+
+def retention_pin(state: JobState) -> Act:
+    retention.settled(state, "0000-o/1")
+    return lambda s: retention.pin(s, "0000-o/1", "the best")
+
+
+def retention_unpin(state: JobState) -> Act:
+    retention.settled(state, "0000-o/1")
+    retention.pin(state, "0000-o/1")
+    return effect(lambda s: retention.unpin(s, "0000-o/1"))
+
+
+def retention_due(state: JobState) -> Act:
+    return lambda s: retention.due(s, "token", 60_000)
 
 
 def retention_forget(state: JobState) -> Act:
-    restore.TestRetention().committed(state, "0000-o/1")
+    retention.committed(state, "0000-o/1")
     state.redis.hset(state.keys.ckpt("0000-o", 1), "retired_at", 1)
     keys = [state.keys.ckpts, state.keys.ckpt("0000-o", 1), state.keys.parts("0000-o", 1)]
     return effect(lambda s: s.call("retention_forget", keys, ["0000-o/1"]))
 
 
+def delta_note(state: JobState) -> Act:
+    keys = [state.keys.delta, state.keys.events]
+    return effect(lambda s: s.call("delta_note", keys, [0, "0001-a/10", "off", "it does not pay", 100, 95, 0, 8, 16]))
+
+
 def ckpt_begin(state: JobState) -> Act:
     who, run = ckpt.based(state, "a", "b")
     return lambda s: ckpt.begin(s, who[0], run)
+
+
+def ckpt_data(state: JobState) -> Act:
+    who, run = ckpt.based(state, "a")
+    ckpt.begin(state, who[0], run)
+    return lambda s: data.hand_over(s, who[0], run, '{"x": {}}')
 
 
 def ckpt_fail(state: JobState) -> Act:
@@ -196,6 +228,12 @@ def ckpt_decide(state: JobState) -> Act:
     who, run = ckpt.based(state, "a")
     ckpt.sealed(state, who, run)
     return lambda s: ckpt.decide(s, run)
+
+
+def save_report(state: JobState) -> Act:
+    who, run = ckpt.based(state, "a", "b")
+    failed = failures.Failed(run=run.id, step=10, state="CONFLICT", reason="other bytes", begun_s=0.0)
+    return lambda s: failures.report(s, who[1].state_id, ckpt.seat(who[1], run), failed, "save-1")
 
 
 def part_register(state: JobState) -> Act:
@@ -225,6 +263,18 @@ def part_renew(state: JobState) -> Act:
     return lambda s: ckpt.parts.renew(s, run.id, 10, 0, token="t0", lease_ms=60_000, progress_bytes=5)
 
 
+def transfer_begin(state: JobState) -> Act:
+    run = claimed(state)
+    return lambda s: lease.begin(s, (run.id, 10, 0), token="t0", nonce="nt0", upload="u1")
+
+
+def transfer_note(state: JobState) -> Act:
+    run = claimed(state)
+    part = (run.id, 10, 0)
+    lease.begin(state, part, token="t0", nonce="nt0", upload="u1")
+    return lambda s: lease.note(s, part, token="t0", upload="u1", pieces=[Sent(number=3, crc=5, tag="etag")])
+
+
 def part_release(state: JobState) -> Act:
     run = claimed(state)
     return effect(lambda s: ckpt.parts.release(s, run.id, 10, 0, token="t0", error="slow", retry_ms=60_000))
@@ -238,6 +288,28 @@ def part_done(state: JobState) -> Act:
 def part_lose(state: JobState) -> Act:
     _, run = staged(state)
     return lambda s: ckpt.parts.lose(s, run.id, 10, 0, seen="staged", reason="its host is gone")
+
+
+def ledger_open(state: JobState) -> Act:
+    (a,), run = jobs.formed(state, "a")
+    return effect(lambda s: ledger.open_ledger(s, a, run))
+
+
+def ledger_lease(state: JobState) -> Act:
+    (a,), run = ledger.opened(state, "a")
+    return lambda s: ledger.lease(s, a, run, 3, want=2, start=0)
+
+
+def ledger_report(state: JobState) -> Act:
+    (a,), run = ledger.opened(state, "a")
+    ledger.lease(state, a, run, 3)
+    return lambda s: ledger.report(s, a, run, 3, 1, "0-25")
+
+
+def ledger_quarantine(state: JobState) -> Act:
+    (a,), run = ledger.opened(state, "a")
+    ledger.lease(state, a, run, 3)
+    return lambda s: ledger.quarantine(s, a, run, 3, 1)
 
 
 # --- the trial --------------------------------------------------------------------------------------------------------

@@ -129,3 +129,31 @@ def test_square_brackets_in_data_are_no_markup():
     out = io.StringIO()
     Screen(Console(file=out, width=80, markup=False, highlight=False), width=80).line("exit [bold]1[/bold]")
     assert out.getvalue() == "exit [bold]1[/bold]\n"
+
+
+@pytest.mark.parametrize("width", [30, 40, 50])
+def test_words_stay_whole_on_a_narrow_screen(width):
+    """One that has no room beside the margin goes below it; one that no line can hold ends a line behind a separator."""
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=width), width)
+    words = "rank 1 of tenant/training-run-seven is file:///checkpoints/of/a/team/with/long/names-of-everything/here"
+    screen.fact("store", words)
+    screen.line(words)
+    shown = out.getvalue().splitlines()
+    assert max(map(len, shown)) <= width
+    assert [line for line in shown if line != line.rstrip()] == [], "no padding at the end of lines"
+    parts = " ".join(shown).split()
+    assert parts.count("tenant/training-run-seven") == 2
+    assert all(part[-1] in "/-" or part in words.split() for part in parts if part not in ("store", "here") and "everything" not in part)
+
+
+def test_a_table_that_is_drawn_in_place_leaves_its_last_picture():
+    """As when it is printed, with its heading and what stands below."""
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=40, force_terminal=True), 40)
+    with screen.live() as draw:
+        for word in ("first", "last"):
+            draw(f"heading {word}", (Column(title="rank"), Column(title="is")), [[cell(0), cell(word)]], "below")
+    last = out.getvalue().rpartition("heading")[2]
+    assert last.startswith(" last")
+    assert ("rank" in last, "below" in last) == (True, True)

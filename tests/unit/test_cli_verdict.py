@@ -8,6 +8,7 @@ import pytest
 
 from dtr.membership import MemberView
 from dtr.views.checkpoints import CheckpointView, on_lineage, parts_of
+from dtr.views.failures import FailedSave
 from dtr.views.jobs import JobSummary, choose, pick
 from dtr.views.reading import Fields
 from dtr.views.uploaders import UploaderView
@@ -161,6 +162,28 @@ def test_checkpoints_that_do_not_get_through_are_warned_of():
     assert other.parts is not None
     quiet = replace(other, parts=tuple(replace(part, error="") for part in other.parts))
     assert "waits for rank 2, which will not come" in warned(ckpts=(quiet,))
+
+
+def lost(step: int, *, since_latest: bool = True) -> FailedSave:
+    return FailedSave(
+        run="0001-a", step=step, state="ABORTED", reason="rank 1: disk full", rank=None, worker="", at_ms=1, ago_s=30.0 + step,
+        since_latest=since_latest,
+    )  # fmt: skip
+
+
+def test_saves_that_failed_since_the_latest_commit_are_warned_of():
+    """The newest is named; one that a later commit made good is history."""
+    people_ = people(worker(0))
+    text = warnings(people_, uploaders=(), checkpoints=(), last_run="", failed=(lost(2), lost(1), lost(0, since_latest=False)))
+    assert text == ("2 saves have failed since the latest commit; the newest, step 2 of run 0001-a, 32 s ago",)
+    assert warnings(people_, uploaders=(), checkpoints=(), last_run="", failed=(lost(0, since_latest=False),)) == ()
+
+
+def test_a_stall_is_warned_of_with_its_reason():
+    """As the launcher has it."""
+    assert "(the process is stopped (SIGSTOP or a debugger))" in warned(
+        worker(1, "stalled", idle_s=90.0, stalled="the process is stopped (SIGSTOP or a debugger)")
+    )
 
 
 @pytest.mark.parametrize(

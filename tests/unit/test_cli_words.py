@@ -59,6 +59,13 @@ def event(kind: str, **fields: str) -> Event:
             "step round 41 of run 0001-a: rank 1 (n-1) departed: signal 9; missing: n-1 (rank 1), n-2 (rank 2)",
         ),
         ("ckpt_committed", {"run": "0001-a", "step": "400", "size_bytes": "1048576", "reason": ""}, "0001-a/400, 1.00 MiB"),
+        ("stalled", {"worker": "w", "step": "7", "reason": "no progress for 5 s"}, "w at step 7: no progress for 5 s"),
+        ("resumed", {"worker": "w", "step": "", "after_ms": "4200"}, "w goes on after 4.2 s"),
+        (
+            "save_failed",
+            {"run": "0001-a", "step": "4", "rank": "1", "worker": "w", "state": "CONFLICT", "reason": "other bytes"},
+            "0001-a/4 of rank 1 (w), conflict: other bytes",
+        ),
         ("ckpt_aborting", {"run": "0001-a", "step": "4", "rank": "1", "reason": "disk full"}, "0001-a/4: disk full"),
         ("ckpt_sealed", {"run": "0001-a", "step": "4"}, "0001-a/4"),
         ("unheard_of", {"a": "1", "b": "x y"}, "a=1 b=x y"),

@@ -94,3 +94,19 @@ def test_a_wrong_launcher_variable_is_named(environ: dict[str, str], message: st
     """RANK and WORLD_SIZE are checked before anything is joined."""
     with pytest.raises(ConfigError, match=message):
         LauncherEnvironment.load(environ)
+
+
+def test_the_origin_of_each_setting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same sources, in the same order, as the values themselves."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dtr.toml").write_text('job = "file"\nttl_s = 7\nslots = 3\n')
+    found = Settings.origins(environ={"DTR_JOB": "env", "DTR_TTL_S": "8"}, job="argument")
+    told = {name: (found[name].kind, found[name].place) for name in ("job", "ttl_s", "slots", "store")}
+    assert told == {"job": ("argument", ""), "ttl_s": ("environment", "DTR_TTL_S"), "slots": ("file", "dtr.toml"), "store": ("default", "")}
+
+
+@pytest.mark.parametrize("word", ["never", "", "WARN"])
+def test_a_word_that_is_no_choice_is_refused(word: str) -> None:
+    """The message lists the choices."""
+    with pytest.raises(ConfigError, match="on_failed_save must be fatal, warn or rpo"):
+        load(on_failed_save=word)

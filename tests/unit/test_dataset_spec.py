@@ -110,7 +110,7 @@ class TestFinding:
             (None, "path must be the path of"),
             (b"bytes", "path must be the path of"),
             ("a\0b", "path must be the path of"),
-            ("s3://bucket/key", "got the URL s3://"),
+            ("http://host/key", "got the unknown scheme 'http'"),
         ],
     )
     def test_a_wrong_path_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any, message: str) -> None:

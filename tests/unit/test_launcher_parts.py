@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import selectors
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from dtr.cli.run import arguments, run
 from dtr.config import LauncherEnvironment, Settings
 from dtr.errors import ConfigError, InvalidInput
+from dtr.membership import Identity
 from dtr.progress import Progress
 from worker_agent.__main__ import main, run_parser
+from worker_agent.launcher import care
 from worker_agent.launcher.claim import claimed
 from worker_agent.launcher.ground import Facts, Need, decide
 from worker_agent.launcher.plan import (
@@ -350,3 +355,52 @@ def test_any_bytes_are_refused_and_nothing_else() -> None:
     for line in lines:
         with pytest.raises(InvalidInput):
             parse_line(line)
+
+
+# --- whose step it was ----------------------------------------------------------------------------------------------
+
+
+class Warded:
+    """Stands for a ward: a registration and the step on its page."""
+
+    def __init__(self, registration: Registration, **options: Any) -> None:
+        self.registration, self.left, self.stall = registration, False, options["on_stall"]
+
+    def start(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def progress(self) -> Progress:
+        return Progress(step=STEPS[self.registration.job], phase="training", at=0.0)
+
+
+STEPS = {"train": 100, "eval": 3}
+
+
+def test_the_step_is_that_of_the_job_that_the_trainer_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that went on to another job is not said to be at a step of the first; with several, the job is named."""
+    monkeypatch.setattr(care, "Ward", Warded)
+    posted: list[Any] = []
+    told: list[tuple[int, str]] = []
+    inbox = SimpleNamespace(post=posted.append)
+    found = care.Care(
+        selectors.DefaultSelector(), inbox, rule=StallRule(timeout_s=1), pid_of=lambda seat: 1,  # type: ignore[arg-type]
+        on_stall=lambda seat, watch, step, job: told.append((step, job)),
+    )  # fmt: skip
+
+    def registered(job: str) -> Any:
+        visitor = Mock(seat=0, pid=1)
+        who = Identity(state_id="s", worker_id="w", incarnation="0" * 12, host="h", pid=1)
+        found.registered(visitor, Registration(redis_url="r", job=job, who=who, ttl_ms=1, interval_ms=1, number=0, page=""))  # type: ignore[arg-type]
+        return visitor
+
+    assert found.last_step(0) == (-1, "")
+    train = registered("train")
+    assert found.last_step(0) == (100, "")
+    registered("eval")
+    assert found.last_step(0) == (3, "eval")
+    found._of[train].stall(None)
+    posted.pop()()
+    assert told == [(100, "train")], "a stall is of the job whose page stood still"
+    found.left(train)
+    assert found.last_step(0) == (3, "eval")

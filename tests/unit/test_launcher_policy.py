@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -231,6 +232,7 @@ def test_an_outcome_in_words_and_numbers() -> None:
     """As people read it, as Redis records it, as the shell reports it."""
     killed = Outcome(signal=9, step=41)
     assert (str(killed), killed.reason, killed.status) == ("was killed by signal 9 (SIGKILL) at step 41", "signal 9 (SIGKILL)", 137)
+    assert str(replace(killed, job="eval")) == "was killed by signal 9 (SIGKILL) at step 41 of job eval"
     ended = Outcome(code=3, note="because")
     assert (str(ended), ended.reason, ended.status) == ("ended with exit status 3 (because)", "exit 3: because", 3)
     assert Outcome(signal=40).reason == "signal 40 (40)"

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr.checkpoint.announce import Save, Sight
-from dtr.checkpoint.candidates import part_of
+from dtr.checkpoint.announce import Save
+from dtr.checkpoint.candidates import parts_of
 from dtr.checkpoint.handle import Commit, SaveHandle
 from dtr.checkpoint.lineage import Lineage, Link, Segment, chain, from_index, head_of, split_name
 from dtr.checkpoint.manifest import Manifest, PartFacts, Replicated
 from dtr.checkpoint.parts import Fence, Spec
+from dtr.checkpoint.progress import Sight
 from dtr.checkpoint.publisher import error_of
-from dtr.checkpoint.retention import plan
-from dtr.checkpoint.survey import Indexed
 from dtr.errors import CheckpointAbandoned, CheckpointAborted, CheckpointConflict
 
 
@@ -135,16 +132,21 @@ def manifest(world_size: int = 2, *, replicated: Replicated = "none") -> Manifes
 
 def test_a_sharded_part_needs_its_world_size() -> None:
     """Each rank gets its own part; another number of ranks is told what would fit."""
-    found = part_of(manifest(4), 3, 4)
-    assert isinstance(found, PartFacts)
-    assert found.rank == 3
-    assert "world_size=4" in str(part_of(manifest(4), 0, 3))
+    assert [part.rank for part in parts_of(manifest(4), 3, 4) if isinstance(part, PartFacts)] == [3]
+    assert "world_size=4" in str(parts_of(manifest(4), 0, 3))
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (6, 7)])
 def test_any_world_size_reads_a_replicated_part(rank: int, world_size: int) -> None:
     """There is one part, and it is everybody's."""
-    assert part_of(manifest(4, replicated="all"), rank, world_size) == manifest(4, replicated="all").parts[0]
+    assert parts_of(manifest(4, replicated="all"), rank, world_size) == manifest(4, replicated="all").parts
+
+
+def test_a_state_that_is_replicated_in_part_needs_every_part() -> None:
+    """The reader's own comes first; a rank that the checkpoint does not have reads them, too."""
+    several = manifest(3, replicated="some")
+    assert [part.rank for part in parts_of(several, 2, 3) if isinstance(part, PartFacts)] == [2, 0, 1]
+    assert [part.rank for part in parts_of(several, 5, 8) if isinstance(part, PartFacts)] == [0, 1, 2]
 
 
 # --- how a save ends --------------------------------------------------------------------------------------------------
@@ -196,59 +198,3 @@ def test_the_first_end_of_a_handle_counts() -> None:
     handle.fail("CLOSED", RuntimeError("late"))
     assert handle.durable.result(0).step == 5
     assert handle.state == "COMMITTED"
-
-
-# --- retention --------------------------------------------------------------------------------------------------------
-
-
-def indexed(run: str, step: int, state: str = "COMMITTED", *, retired: bool = False, at: int = 0) -> Indexed:
-    return Indexed(run=run, step=step, state=state, retired=retired, decided_at_ms=at)
-
-
-LINEAGE = chain(LINKS, "0004-d")
-
-
-class TestPlan:
-    def decide(self, given: list[Indexed], keep: int, *protected: tuple[str, int], old_ms: int = 0) -> Any:
-        return plan(given, LINEAGE, keep_last=keep, protected=frozenset(protected), old_ms=old_ms)
-
-    def test_keeps_the_newest_of_the_lineage(self) -> None:
-        """Newest by lineage, not by step: the head's step 40 outlives its parent's step 50."""
-        given = [indexed("0001-a", 10), indexed("0002-b", 50), indexed("0004-d", 40), indexed("0004-d", 41)]
-        assert self.decide(given, 2).retire == (("0001-a", 10), ("0002-b", 50))
-
-    def test_never_what_is_protected(self) -> None:
-        """The newest commit and what the newest run continues stay, however many are newer."""
-        given = [indexed("0001-a", 10), indexed("0002-b", 50), indexed("0004-d", 60), indexed("0004-d", 70)]
-        assert self.decide(given, 1, ("0002-b", 50), ("0004-d", 70)).retire == (("0001-a", 10), ("0004-d", 60))
-
-    def test_zero_keeps_all_but_finishes_what_was_begun(self) -> None:
-        """Switched off, it still deletes what was retired before."""
-        given = [indexed("0001-a", 10, retired=True), indexed("0002-b", 50), indexed("0002-b", 60, "ABANDONED")]
-        todo = self.decide(given, 0)
-        assert (todo.retire, todo.sweep) == ((), (("0001-a", 10),))
-
-    def test_what_the_lineage_left_goes_once_something_is_safe(self) -> None:
-        """A branch that can never be restored is not kept, but nothing goes while nothing is committed."""
-        left = indexed("0003-c", 80, "ABANDONED")
-        assert self.decide([left], 3).retire == ()
-        assert self.decide([left, indexed("0004-d", 60)], 3).retire == (("0003-c", 80),)
-
-    def test_open_and_fresh_aborts_are_left_alone(self) -> None:
-        """Only what was aborted long ago leaves the index; what is under way is nobody's to judge."""
-        given = [
-            indexed("0004-d", 1, "WRITING"), indexed("0004-d", 2, "SEALED"), indexed("0004-d", 3, "ABORTING"),
-            indexed("0004-d", 4, "ABORTED", at=5), indexed("0004-d", 5, "ABORTED", at=50), indexed("0004-d", 9),
-        ]  # fmt: skip
-        todo = self.decide(given, 1, old_ms=10)
-        assert (todo.retire, todo.sweep, todo.forget) == ((), (), (("0004-d", 4),))
-
-    @given(st.sets(st.tuples(st.sampled_from(sorted(LINKS)), st.integers(0, 99)), max_size=12), st.integers(1, 4))
-    def test_at_least_keep_last_survive(self, names: set[tuple[str, int]], keep: int) -> None:
-        """Whatever is indexed, the newest keep_last commits of the lineage survive, and the plan is stable once applied."""
-        given = [indexed(*name) for name in names]
-        todo = self.decide(given, keep)
-        on = LINEAGE.newest_first(names)
-        assert not set(on[:keep]) & set(todo.retire)
-        left = [indexed(*name) for name in names if name not in todo.retire]
-        assert self.decide(left, keep).retire == ()

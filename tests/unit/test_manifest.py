@@ -70,6 +70,21 @@ def test_a_manifest_comes_back(manifest: Manifest) -> None:
     assert Manifest.parse(manifest.encode()) == manifest
 
 
+def test_a_part_in_chunks_comes_back() -> None:
+    """The object and what was staged differ there, and both have a size and a checksum; of a file they are one."""
+    chunked = part(1, kind="chunks", state_bytes=10**9, state_checksum="crc64nvme:0123456789abcdef")
+    manifest = replace(COMMIT, replicated="some", parts=(part(0), chunked))
+    assert Manifest.parse(manifest.encode()) == manifest
+    assert (part(0).state_bytes, part(0).state_checksum) == (part(0).size_bytes, part(0).checksum)
+    wrong: list[dict[str, Any]] = [
+        {"kind": "chunks"}, {"kind": "chunks", "state_bytes": 5}, {"kind": "chunks", "state_bytes": 5, "state_checksum": "x"},
+        {"state_bytes": 5}, {"state_checksum": "crc64nvme:0123456789abcdef"}, {"kind": "other"},
+    ]  # fmt: skip
+    for changes in wrong:
+        with pytest.raises(InvalidInput):
+            part(0, **changes)
+
+
 def test_a_run_record_comes_back() -> None:
     """With and without a parent."""
     for record in (RECORD, replace(RECORD, parent_run=None, parent_step=None)):

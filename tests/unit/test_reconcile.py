@@ -13,6 +13,7 @@ NOW = 1_000_000
 STAGED = PartView(
     rank=0, state="staged", worker="w0", incarnation="0123456789ab", host="h", save="s", size_bytes=1, object="", checksum="", uploader="",
     lease_until_ms=0, retry_at_ms=0, attempts=0, failures=0, progress_bytes=0, error="",
+    object_bytes=0, piece_bytes=0, pieces="", kind="file", metrics={}, state_checksum="",
 )  # fmt: skip
 CLAIMED = replace(STAGED, uploader="t", lease_until_ms=NOW + 1)
 LAPSED = replace(STAGED, uploader="t", lease_until_ms=NOW)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dtr.config import Settings
+from dtr.config import Settings, default_home
 from dtr.errors import ConfigError
 from dtr.stack.follow import Follower
-from dtr.stack.home import Home, Record, Running, default_home
+from dtr.stack.home import Home, Record, Running
 from dtr.stack.processes import ProcessId
 from dtr.stack.services import Plan, Probe, Service, environment
 from dtr.stack.supervisor import restart_delay_s, sweep

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dtr.checkpoint.memory import WarmMaps, grow, is_reserved
 from dtr.checkpoint.reclaim import reclaim
-from dtr.checkpoint.slots import finish, open_for_reading, scan
+from dtr.checkpoint.slots import SlotFiles, finish, open_for_reading, scan
 from dtr.checkpoint.staging import Arena
 from dtr.errors import CheckpointError, ForkedProcess, InvalidInput, NoFreeSlot, StagingFull
 from tests.staged import PlainLayout, record, stage, staged
@@ -84,6 +85,28 @@ def test_a_slot_has_exactly_the_size_of_its_part(staging: str, sizes: tuple[int,
             assert file.read() == bytes([step]) * size
         assert finish(found, "committed")
     a.close()
+
+
+def test_a_slot_that_changes_its_size_stays_mapped(tmp_path: Path) -> None:
+    """A few bytes more or less cost a few pages, not all of them; what was there stays as far as the file goes."""
+    maps, files = WarmMaps(), SlotFiles(folder=str(tmp_path), index=0)
+    mapping = None
+    for letter, size in enumerate((SIZE, SIZE + 5000, SIZE - 5000, SIZE + 1, SIZE * 3, 1, SIZE)):
+        grow(files.data, size, root=str(tmp_path), budget_bytes=None)
+        assert is_reserved(files.data, size)
+        with maps.buffer(files, size) as buffer:
+            assert len(buffer) == size
+            buffer[:] = bytes([letter]) * size
+        assert Path(files.data).read_bytes() == bytes([letter]) * size
+        mapping = mapping or maps._maps[files.data].mapping
+        assert maps._maps[files.data].mapping is mapping
+    with maps.buffer(files, SIZE) as held:  # somebody looks at it while it has to grow: it is mapped anew
+        grow(files.data, 2 * SIZE, root=str(tmp_path), budget_bytes=None)
+        with maps.buffer(files, 2 * SIZE) as buffer:
+            buffer[-1] = 7
+        assert bytes(held[:3]) == bytes([letter]) * 3
+    assert maps._maps[files.data].mapping is not mapping
+    maps.close()
 
 
 def test_holes_are_filled_before_they_are_written(staging: str) -> None:

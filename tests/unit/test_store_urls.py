@@ -53,6 +53,14 @@ def test_odd_characters_in_a_path(tmp_path: Path) -> None:
         ("s3://bucket?endpoint=https%3A%2F%2Fminio.example.com", "s3://bucket?endpoint=https://minio.example.com"),
         ("s3://bucket?checksum=none", "s3://bucket?checksum=none"),
         ("s3://bucket?checksum=crc64nvme", "s3://bucket"),
+        ("gs://bucket", "gs://bucket"),
+        ("GS://my-bucket_1.example.com/a/b/", "gs://my-bucket_1.example.com/a/b"),
+        ("gs://bucket/a%20b?endpoint=http://127.0.0.1:4443/", "gs://bucket/a%20b?endpoint=http://127.0.0.1:4443"),
+        ("az://container/a?account=name1", "az://container/a?account=name1"),
+        (
+            "az://container?endpoint=http://127.0.0.1:10000/devstoreaccount1&account=devstoreaccount1",
+            "az://container?account=devstoreaccount1&endpoint=http://127.0.0.1:10000/devstoreaccount1",
+        ),
     ],
 )
 def test_buckets(url: str, expected: str) -> None:
@@ -69,7 +77,9 @@ BAD = [
     (7, "store must be"),
     (b"bytes", "store must be"),
     ("http://example.com/x", "unknown scheme 'http'"),
-    ("gs://bucket/x", "unknown scheme 'gs'"),
+    ("gcs://bucket/x", "write gs://"),
+    ("azure://container/x", "write az://"),
+    ("s3a://bucket/x", "write s3://"),
     ("redis://localhost", "unknown scheme 'redis'"),
     ("s3:bucket/x", "lacks '//'"),
     ("s3:/bucket/x", "lacks '//'"),
@@ -99,6 +109,23 @@ BAD = [
     ("s3://bucket?checksum=md5", "crc64nvme or none"),
     ("s3://bucket?endpiont=http://h", "did you mean 'endpoint'"),
     ("s3://bucket?x=1", "unknown option 'x'"),
+    ("gs:bucket/x", "lacks '//'"),
+    ("gs://", "BUCKET"),
+    ("gs://Upper", "BUCKET"),
+    ("gs://b", "BUCKET"),
+    ("gs://a..b", "BUCKET"),
+    ("gs://bucket/../x", "prefix"),
+    ("gs://bucket#x", "no '#'"),
+    ("gs://bucket?endpoint=127.0.0.1:4443", "http:// or https://"),
+    ("gs://bucket?region=eu", "unknown option 'region'"),
+    ("gs://bucket?account=a1b", "unknown option 'account'"),
+    ("az://", "CONTAINER"),
+    ("az://a_b", "CONTAINER"),
+    ("az://a--b", "CONTAINER"),
+    ("az://container?account=Upper", "storage account"),
+    ("az://container?account=a.b", "storage account"),
+    ("az://container?acount=abc", "did you mean 'account'"),
+    ("az://container?endpoint=name.blob.core.windows.net", "http:// or https://"),
 ]
 
 
@@ -124,6 +151,11 @@ def test_bad_urls(url: str, said: str) -> None:
         "s3:AKIAKEY:hunter2@bucket",
         "s3://AKIAKEY:hunter2",
         "file://user:hunter2@host/x",
+        "gs://hunter2@bucket/x",
+        "az://account:hunter2@container",
+        "az://container?account=abc&sig=hunter2",
+        "az://container?endpoint=https://h/?sig=hunter2",
+        "gs://bucket?endpoint=https://h/%3Ftoken=hunter2",
     ],
 )
 def test_no_secret_is_shown(url: str) -> None:
@@ -149,3 +181,22 @@ def test_a_local_store_loads_no_cloud_library() -> None:
         "assert not {'boto3', 'botocore', 'awscrt'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_opening_a_bucket_loads_no_cloud_library() -> None:
+    """The library comes with the first request, so that a setting can be checked at no cost."""
+    code = (
+        "import sys; from dtr.store import open_store;"
+        "[open_store(url) for url in ('s3://bucket', 'gs://bucket', 'az://container?account=abc')];"
+        "assert not {'boto3', 'botocore', 'awscrt', 'obstore'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "az://container/x?account=abc"])
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Where obstore is not installed: what to install; a folder and S3 still open."""
+    monkeypatch.setattr("dtr.store.cloud_library._NAME", "no_such_package")
+    with pytest.raises(ConfigError, match=r"pip install 'dtr\[cloud\]'"):
+        open_store(url)
+    assert open_store("s3://bucket").url == "s3://bucket"

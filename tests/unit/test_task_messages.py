@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtr.errors import InvalidInput
-from tasks.messages import Settle, UploadPart
+from tasks.messages import Collect, Settle, UploadPart
 
 GOOD = {"job": "tenant/job", "run": "0001-aaaa", "step": 5, "rank": 0}
 
 
 def test_a_message_is_what_was_sent() -> None:
-    """Both kinds, every field."""
+    """Every kind, every field."""
+    assert Collect.parse([], {"job": "tenant/job"}) == Collect(job="tenant/job")
     assert UploadPart.parse([], GOOD) == UploadPart(job="tenant/job", run="0001-aaaa", step=5, rank=0)
     assert Settle.parse([], {k: v for k, v in GOOD.items() if k != "rank"}).step == 5
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from dtr.checkpoint import checksum, tensors
+from dtr.checkpoint import checksum, copying, tensors
 from dtr.checkpoint.tensors import Tensor
 from dtr.errors import IntegrityError, InvalidInput
 
@@ -73,7 +73,8 @@ def test_data_is_aligned() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_every_layout_is_copied_bit_by_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contiguous, transposed, strided, broadcast, reversed, byte-swapped and padded arrays, in threads and in pieces."""
-    monkeypatch.setattr(tensors, "_PIECE_BYTES", 1000)
+    for name in ("LARGE_BYTES", "_PIECE_BYTES", "_WORTH_THREADS_BYTES"):
+        monkeypatch.setattr(copying, name, 1000)
     base = np.random.default_rng(0).integers(0, 256, 40_000, dtype=np.uint8)
     arrays: dict[str, NDArray[Any]] = {
         "plain": base.view(np.float64),

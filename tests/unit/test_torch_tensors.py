@@ -5,8 +5,13 @@ from __future__ import annotations
 import collections
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dtr.checkpoint import tensors, tree
+from dtr.checkpoint.device import Cuda
+from dtr.checkpoint.payload import TREE
+from dtr.checkpoint.structure import Structures
 from dtr.errors import UnsupportedLeaf
 from tests.unit.test_tree import round_trip
 
@@ -70,6 +75,68 @@ def test_a_conjugate_and_a_negative_view() -> None:
     back = round_trip({"conj": tensor.conj(), "imag": tensor.conj().imag})
     assert back["conj"].tolist() == [1 - 2j, 3 + 4j]
     assert back["imag"].tolist() == [-2.0, 4.0]
+
+
+def test_tied_weights() -> None:
+    """One storage under two names, as Parameters and as tensors of a state_dict: stored once, one storage again."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    for state in (model.state_dict(), dict(model.named_parameters(remove_duplicate=False))):
+        assert len(state) == 2
+        assert len(tree.flatten(state)[1]) == 1
+        for readonly in (False, True):
+            back = list(round_trip(state, readonly=readonly).values())
+            assert all(same(one, other) for one, other in zip(back, state.values(), strict=True))
+            assert back[0].untyped_storage().data_ptr() == back[1].untyped_storage().data_ptr()
+            with torch.no_grad():
+                back[0][:] = 7
+            assert bool((back[1] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "complex128"])
+def test_a_flat_buffer_and_its_views(dtype: str) -> None:
+    """What optimizers do: one buffer, parameters as windows of it, one of them transposed; beside it or without it."""
+    buffer = torch.randint(0, 256, (64 * 16,), dtype=torch.uint8).view(getattr(torch, dtype))
+    views = {"a": buffer[:12].view(3, 4), "b": buffer[8:24].view(4, 4).T, "c": buffer[20:32:2]}
+    for state in ({"buffer": buffer, **views}, views):
+        assert len(tree.flatten(state)[1]) == 1
+        back = round_trip(state)
+        assert all(same(state[name], back[name]) for name in state)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in back.values()}) == 1
+
+
+def test_an_array_and_a_tensor_share_memory() -> None:
+    """torch.from_numpy: two kinds of value, one tensor in the file, and in memory again."""
+    array = np.arange(6, dtype=np.float32)
+    back = round_trip({"array": array, "tensor": torch.from_numpy(array), "half": torch.from_numpy(array)[3:]})
+    back["array"][:] = 9
+    assert back["tensor"].tolist() == [9.0] * 6
+    assert back["half"].tolist() == [9.0] * 3
+
+
+def test_a_kept_layout_writes_the_same_tensors() -> None:
+    """The second save of a structure, with Parameters, bfloat16, conjugate views and ties: bit by bit as the first would."""
+    known = Structures()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        w = torch.randn(4, 6)
+        pair = torch.randn(3, dtype=torch.complex64)
+        state = {
+            "w": torch.nn.Parameter(w), "tied": w, "bf": torch.randn(5, 3).bfloat16().T, "c": pair, "conj": pair.conj(),
+            "neg": pair.conj().imag, "f8": torch.randn(7).to(torch.float8_e5m2), "grad": torch.randn(2, requires_grad=True), "step": seed,
+        }  # fmt: skip
+        laid = known.lay_out(state, {})
+        buffer = bytearray(laid.size_bytes)
+        assert laid.copy_into(buffer, Cuda()) is None
+        part = tensors.read(buffer)
+        back = tree.unflatten(tree.decode(part.metadata[TREE]), part.tensors)
+        for name in ("w", "tied", "bf", "c", "f8"):
+            assert same(back[name], state[name]), name
+        assert back["conj"].tolist() == state["conj"].tolist()
+        assert back["neg"].tolist() == state["neg"].tolist()
+        assert back["grad"].tolist() == state["grad"].tolist()
+        assert list(part.tensors).count("tied") == 0
+    assert len(known._known) == 1
 
 
 def test_restored_tensors_can_be_trained() -> None:

@@ -35,7 +35,7 @@ class Care:
         selector, inbox: of the loop.
         rule: when a trainer counts as stalled.
         pid_of: the process that the launcher started in a seat, None if there is none.
-        on_stall: called with (seat, watch) when a trainer stalls, becomes overdue, or goes on.
+        on_stall: called with (seat, watch, step, job) when a trainer stalls, becomes overdue, or goes on; step and job as ``last_step``.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Care:
         *,
         rule: StallRule,
         pid_of: Callable[[int], int | None],
-        on_stall: Callable[[int, Watch], None],
+        on_stall: Callable[[int, Watch, int, str], None],
     ) -> None:
         self._departures = Departures()
         self._selector, self._inbox, self._rule = selector, inbox, rule
@@ -92,9 +92,18 @@ class Care:
 
     # --- what the loop tells ----------------------------------------------------------------------------------------
 
-    def last_step(self, seat: int) -> int:
-        """The last step that the trainer in this seat reported; -1 if none."""
-        return max((ward.progress().step for ward in self._wards.get(seat, {}).values()), default=-1)
+    def last_step(self, seat: int) -> tuple[int, str]:
+        """The last step that the trainer in this seat reported, -1 if none, and of which job, empty if it has been in one alone.
+
+        Of several jobs, the one that it joined last and has not left: its steps are no steps of another's.
+        """
+        wards = list(self._wards.get(seat, {}).values())
+        current = ([ward for ward in wards if not ward.left] or wards)[-1:]
+        return self._step_of(seat, current[0]) if current else (-1, "")
+
+    def _step_of(self, seat: int, ward: Ward) -> tuple[int, str]:
+        jobs = {other.registration.job for other in self._wards.get(seat, {}).values()}
+        return ward.progress().step, ward.registration.job if len(jobs) > 1 else ""
 
     def ended(self, seat: int, outcome: Outcome, on_told: Callable[[bool], None]) -> bool:
         """The process in this seat has ended: tell Redis of each of its registrations; whether there was one to tell.
@@ -168,4 +177,4 @@ class Care:
 
     def _stalled(self, seat: int, ward: Ward, watch: Watch) -> None:
         if self._is_current(seat, ward):
-            self._on_stall(seat, watch)
+            self._on_stall(seat, watch, *self._step_of(seat, ward))

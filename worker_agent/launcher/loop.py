@@ -166,7 +166,8 @@ class _Loop:
             return
         self._selector.unregister(child.pidfd)
         self._clearing.add(seat)
-        outcome = replace(outcome, step=self._care.last_step(seat))
+        step, job = self._care.last_step(seat)
+        outcome = replace(outcome, step=step, job=job)
         if self._care.ended(seat, outcome, partial(self._told, seat)):
             self._untold[seat] = time.monotonic() + _REDIS_WITHIN_S
         self._ended(seat, outcome)
@@ -185,9 +186,9 @@ class _Loop:
         for number in numbers:
             self._decided(policy.signalled(self._job, self._rules, number, time.monotonic()))
 
-    def _on_stall(self, seat: int, watch: Watch) -> None:
-        who, child, step = self._seats[seat].label, self._children.get(seat), self._care.last_step(seat)
-        where = f"at step {step}" if step >= 0 else "before its first step"
+    def _on_stall(self, seat: int, watch: Watch, step: int, job: str) -> None:
+        who, child = self._seats[seat].label, self._children.get(seat)
+        where = (f"at step {step}" if step >= 0 else "before its first step") + (f" of job {job}" if job else "")
         if child is None or seat in self._clearing:
             return  # it has ended meanwhile
         if watch.overdue and self._launch.stall_kills:

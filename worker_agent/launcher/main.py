@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dtr.checkpoint.reclaim import reclaim
-from dtr.config import Settings
-from dtr.stack import default_home
-from dtr.views.settings import origins
+from dtr.config import Settings, default_home
 from worker_agent.launcher.claim import claimed
 from worker_agent.launcher.ground import finish_uploads, standing
 from worker_agent.launcher.loop import run_trainers
@@ -53,7 +51,8 @@ def launch(what: Launch, given: Given, environ: Mapping[str, str]) -> int:
     with standing(settings, default_home(environ), must_answer=must_answer, uploader=given.uploader) as ground:
         with claimed(settings.staging, settings.job) as claim:
             if claim.index and what.nnodes == 1:
-                log.warning("another launcher runs for job %s on this host; if their trainers belong together, use --nnodes", settings.job)
+                whose = f"for job {settings.job}" + ("" if given.job else ", unless its trainers choose another,")
+                log.warning("another launcher runs %s on this host; if their trainers belong together, use --nnodes", whose)
             places = seats(what, host=claim.host, index=claim.index, folder=claim.folder)
             status = run_trainers(what, places, settings=settings, job=given.job, environ=environ)
         if ground.uploads:
@@ -63,9 +62,9 @@ def launch(what: Launch, given: Given, environ: Mapping[str, str]) -> int:
 
 def _why_it_must_answer(what: Launch, given: Given, environ: Mapping[str, str]) -> str:
     """Why no server may be started in the coordinator's place; empty if one may."""
-    origin, place = origins(environ=environ, redis_url=given.redis_url)["redis_url"]
-    if origin != "default":
-        return f"it was named by {place}"
+    origin = Settings.origins(environ=environ, redis_url=given.redis_url)["redis_url"]
+    if origin.kind != "default":
+        return f"it was named by {origin.place or '--url'}"
     return "--nnodes needs one that all hosts reach (--url)" if what.nnodes > 1 else ""
 
 

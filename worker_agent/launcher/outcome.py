@@ -18,11 +18,15 @@ def signal_name(number: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """An exit code, or the signal that killed it; ``step`` is the last that it reported (-1: none), ``note`` what else is known."""
+    """An exit code, or the signal that killed it; ``note`` is what else is known.
+
+    ``step`` is the last that it reported (-1: none), ``job`` whose step that is, empty where there is only one.
+    """
 
     code: int | None = None
     signal: int | None = None
     step: int = -1
+    job: str = ""
     note: str = ""
 
     @property
@@ -46,5 +50,5 @@ class Outcome:
             if self.signal is not None
             else f"ended with exit status {self.code}"
         )
-        where = f" at step {self.step}" if self.step >= 0 else ""
+        where = f" at step {self.step}{f' of job {self.job}' if self.job else ''}" if self.step >= 0 else ""
         return f"{what}{where} ({self.note})" if self.note else f"{what}{where}"

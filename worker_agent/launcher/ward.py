@@ -84,7 +84,7 @@ class Ward:
         self._watch = after
         if (after.stalled, after.overdue) != ((before.stalled, before.overdue) if before else ("", False)):
             self._on_stall(after)
-        return replace(progress, phase="stalled") if after.stalled else progress
+        return replace(progress, stalled=after.stalled)
 
 
 class Departures:

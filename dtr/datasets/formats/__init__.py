@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dtr.datasets.formats.contract import Columns, Format, Measure, Span
 from dtr.datasets.formats.jsonl import JsonLines
+from dtr.datasets.formats.mds import Mds
 from dtr.datasets.formats.npy import Npy
+from dtr.datasets.formats.parquet import Parquet
+from dtr.datasets.formats.tar import Tar
 from dtr.datasets.formats.tokens import Tokens
 from dtr.errors import InvalidInput
 
 __all__ = ["Columns", "Format", "Measure", "Span", "format_of_fields", "make_format"]
 
-_NAMES = ("bin", "jsonl", "npy")
-_OTHER_NAMES = {"json": "jsonl", "ndjson": "jsonl", "jsonlines": "jsonl", "numpy": "npy", "tokens": "bin", "raw": "bin"}
+_PLAIN: Mapping[str, Callable[[], Format]] = {"jsonl": JsonLines, "mds": Mds, "npy": Npy, "parquet": Parquet, "tar": Tar}  # without options
+_NAMES = ("bin", *_PLAIN)
+_OTHER_NAMES = {
+    "json": "jsonl", "ndjson": "jsonl", "jsonlines": "jsonl", "numpy": "npy", "tokens": "bin", "raw": "bin", "webdataset": "tar",
+    "wds": "tar", "pq": "parquet", "streaming": "mds", "mosaic": "mds",
+}  # fmt: skip
 
 
 def make_format(name: str, *, dtype: Any = None, sample_length: int | None = None, drop_remainder: bool = False) -> Format:
@@ -35,7 +42,7 @@ def make_format(name: str, *, dtype: Any = None, sample_length: int | None = Non
     for option, given in {"dtype": dtype, "sample_length": sample_length, "drop_remainder": drop_remainder or None}.items():
         if given is not None:
             raise InvalidInput(f"{option} belongs to format 'bin', not to {name!r}: leave it out", field=option)
-    return JsonLines() if name == "jsonl" else Npy()
+    return _PLAIN[name]()
 
 
 def format_of_fields(fields: Mapping[str, str]) -> Format:

@@ -56,6 +56,10 @@ class Format(Protocol):
     def suffixes(self) -> tuple[str, ...]:
         """The ends of the names of files that belong to it."""
 
+    @property
+    def has_marks(self) -> bool:
+        """Whether a shard is found by where its bytes begin, which only reading the file tells; else by arithmetic."""
+
     def options(self) -> Mapping[str, str]:
         """What else was given to ``register``, as text, enough to make this format again."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from dtr.datasets.formats.columns import column_of
 from dtr.datasets.formats.contract import Columns, Measure, Span, chosen_columns
 from dtr.errors import DatasetMismatch
 from dtr.placement import MAX_SHARDS
@@ -29,6 +30,7 @@ class JsonLines:
 
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson")
+    has_marks = True
 
     def options(self) -> Mapping[str, str]:
         return {}
@@ -54,7 +56,7 @@ class JsonLines:
         found: Columns = {}
         for column in chosen:
             try:
-                found[column] = _column([sample[column] for sample in samples])
+                found[column] = column_of([sample[column] for sample in samples])
             except KeyError:
                 line = next(n for n, sample in enumerate(samples, span.start + 1) if column not in sample)
                 raise DatasetMismatch(f"{file.name} line {line} has no {column!r}, the lines before it have", file=file.name) from None
@@ -116,17 +118,3 @@ def _object(text: bytes, file: str, line: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DatasetMismatch(f"{file} line {line} must be a JSON object, got {type(value).__name__}", file=file, line=line)
     return value
-
-
-def _column(values: list[Any]) -> NDArray[Any]:
-    """Numbers, booleans and equally long lists of them as such; anything else as objects."""
-    kinds = {type(value) for value in values}
-    if kinds <= {int, float, bool, list} and not (bool in kinds and len(kinds) > 1):
-        try:
-            column = np.array(values, dtype=np.int64 if kinds == {int} else None)
-        except (ValueError, OverflowError):  # ragged lists, integers beyond 64 bits
-            pass
-        else:
-            if column.dtype.kind in "bif":
-                return column
-    return np.fromiter(values, dtype=np.object_, count=len(values))

@@ -25,6 +25,7 @@ class Npy:
 
     name = "npy"
     suffixes = (".npy",)
+    has_marks = False
 
     def options(self) -> Mapping[str, str]:
         return {}

@@ -37,6 +37,7 @@ class Tokens:
 
     name = "bin"
     suffixes = (".bin",)
+    has_marks = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _numeric(self.dtype).str)

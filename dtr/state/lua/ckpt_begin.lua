@@ -18,11 +18,12 @@
 --   6 incarnation string  of the member
 --   7 host        string  host id
 --   8 world_size  integer of the run
---   9 replicated  string  none | some | all: of all, one part holds everything
+--   9 replicated  string  none | some STRUCTURE | all: of all, one part holds everything
 --  10 writer      string  rank that writes a replicated state, else empty
 --  11 store       string  URL without secrets
 --  12 size_bytes  integer of the part
 --  13 save        string  id of this save; empty: the caller has no part
+--  14 metrics     string  JSON object of numbers that the caller said of it, or empty
 -- RETURNS {state, part_state, save}: the checkpoint's state; the caller's part and the save that it counts, or two empty strings
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED CKPT_CONFLICT CKPT_ABORTED CKPT_ABANDONED CKPT_STATE
 -- WRITES ckpt parts ckpts open_ckpts events
@@ -32,7 +33,7 @@ local meta, roster, run_key, ckpt, parts = KEYS[1], KEYS[2], KEYS[3], KEYS[4], K
 local ckpts, open_ckpts, events = KEYS[6], KEYS[7], KEYS[8]
 local state_id, run, step, rank, worker, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local host, world_size, replicated, writer, store = ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11]
-local size_bytes, save = ARGV[12], ARGV[13]
+local size_bytes, save, metrics = ARGV[12], ARGV[13], ARGV[14]
 
 local known = redis.call('HMGET', meta, 'state_id', 'phase', 'run')
 local lost = state_error(known[1], known[2], state_id)
@@ -52,6 +53,6 @@ else
   ckpt_create(ckpt, ckpts, open_ckpts, events, now_ms(), run, step, world_size, replicated, writer, store)
 end
 if save == '' then return {held[5] or 'WRITING', '', ''} end
-local placed = part_place(parts, held[5] or 'WRITING', rank, worker, incarnation, host, size_bytes, save, now_ms())
+local placed = part_place(parts, held[5] or 'WRITING', rank, worker, incarnation, host, size_bytes, save, metrics, now_ms())
 if placed.err then return placed end
 return {held[5] or 'WRITING', placed[1], placed[2]}

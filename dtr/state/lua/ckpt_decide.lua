@@ -6,19 +6,21 @@
 --   3 ckpt        hash    the checkpoint
 --   4 open_ckpts  zset    those without a decision
 --   5 events      stream  for people and handles
+--   6 failed_saves stream for status
 -- ARGV
 --   1 run         string  of the checkpoint
 --   2 step        integer of the checkpoint
 --   3 decision    string  commit or abort
 --   4 reason      string  of an abort
 --   5 size_bytes  integer of all parts
+--   6 metrics     string  JSON object of numbers, or empty
 -- RETURNS the state of the checkpoint after the call; UNKNOWN if Redis has none: it was forgotten, or retired while the caller slept
 -- ERRORS STATE_LOST RECOVERING CKPT_STATE
--- WRITES meta ckpt open_ckpts events
+-- WRITES meta ckpt open_ckpts events failed_saves
 -- IDEMPOTENT a decided checkpoint does not change
--- INCLUDE now integer state event lineage
-local meta, lineage, ckpt, open_ckpts, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local run, step, decision, reason, size_bytes = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+-- INCLUDE now integer state event lineage failed
+local meta, lineage, ckpt, open_ckpts, events, failed_saves = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local run, step, decision, reason, size_bytes, metrics = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 
 local known = redis.call('HMGET', meta, 'state_id', 'phase', 'last_run', 'latest')
 local lost = state_error(known[1], known[2], known[1])
@@ -40,7 +42,8 @@ if decision == 'commit' then
     verdict, reason = 'ABANDONED', 'the job went on from an earlier step'
   end
 end
-redis.call('HSET', ckpt, 'state', verdict, 'reason', reason, 'decided_at', integer(now_ms()), 'size_bytes', size_bytes)
+redis.call('HSET', ckpt, 'state', verdict, 'reason', reason, 'decided_at', integer(now_ms()), 'size_bytes', size_bytes,
+  'metrics', metrics)
 redis.call('ZREM', open_ckpts, run .. '/' .. step)
 if verdict == 'COMMITTED' then
   local latest_run, latest_step = string.match(known[4] or '', '^(.+)/(%d+)$')
@@ -49,5 +52,6 @@ if verdict == 'COMMITTED' then
     or (tonumber(latest_step) == tonumber(step) and (redis.call('HGET', lineage, run) or '') == '')
   if behind then redis.call('HSET', meta, 'latest', run .. '/' .. step) end
 end
+if verdict ~= 'COMMITTED' then failed_save(failed_saves, 'run', run, 'step', step, 'state', verdict, 'reason', reason) end
 emit(events, 'ckpt_' .. string.lower(verdict), 'run', run, 'step', step, 'size_bytes', size_bytes, 'reason', reason)
 return verdict

@@ -15,7 +15,7 @@
 --   5 worker      string  worker_id
 --   6 incarnation string  of the member
 --   7 world_size  integer of the run
---   8 replicated  string  none | some | all: of all, one part holds everything
+--   8 replicated  string  none | some STRUCTURE | all: of all, one part holds everything
 --   9 writer      string  rank that writes a replicated state, else empty
 --  10 store       string  URL without secrets
 --  11 reason      string  for people

@@ -1,10 +1,12 @@
 -- An uploader claims a part for lease_ms. An attempt counts unless more bytes than ever before were stored since the last claim; one
--- too many aborts the checkpoint. The nonce goes into the object's key, so that no two claims ever write to one key.
+-- too many aborts the checkpoint. The nonce goes into the object's key. A claim gets a new one, unless the last one's upload can be gone
+-- on with: then it gets that nonce, so that only uploads of the same bytes ever write to one key.
 -- KEYS
 --   1 meta         hash    the job's state
 --   2 ckpt         hash    the checkpoint
 --   3 parts        hash    its parts
---   4 events       stream  for people and handles
+--   4 transfer     hash    what the last claim had sent of the part
+--   5 events       stream  for people and handles
 -- ARGV
 --   1 run          string  of the checkpoint
 --   2 step         integer of the checkpoint
@@ -20,7 +22,7 @@
 -- WRITES ckpt parts events
 -- IDEMPOTENT by the token: a claim that stands is answered again, and only its lease renewed
 -- INCLUDE now integer state event abort
-local meta, ckpt, parts, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local meta, ckpt, parts, transfer, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local run, step, rank, host, token, nonce = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local lease_ms, max_attempts = tonumber(ARGV[7]), tonumber(ARGV[8])
 
@@ -30,7 +32,8 @@ if lost then return lost end
 local held = redis.call('HMGET', ckpt, 'state', 'reason')
 local function field(name) return rank .. '/' .. name end
 local part = redis.call('HMGET', parts, field('state'), field('host'), field('uploader'), field('lease_until'), field('nonce'),
-  field('attempts'), field('progress_bytes'), field('claimed_bytes'), field('retry_at'), field('failures'), field('save'), field('error'))
+  field('attempts'), field('progress_bytes'), field('claimed_bytes'), field('retry_at'), field('failures'), field('save'), field('error'),
+  field('claims'))
 if part[1] == 'done' then return {'DONE', held[1] or '', part[11] or ''} end
 if held[1] ~= 'WRITING' or not part[1] then return {'NONE', held[1] or '', held[2] or ''} end
 if part[2] ~= host then return {'ELSEWHERE', part[2]} end
@@ -53,6 +56,7 @@ if attempts > max_attempts then
   ckpt_abort(ckpt, events, run, step, rank, reason)
   return {'NONE', 'ABORTING', reason}
 end
-redis.call('HSET', parts, field('uploader'), token, field('lease_until'), integer(now + lease_ms), field('nonce'), nonce,
-  field('attempts'), attempts, field('claimed_bytes'), integer(math.max(progress, claimed)))
+if part[5] and redis.call('HGET', transfer, 'nonce') == part[5] then nonce = part[5] end
+redis.call('HSET', parts, field('claims'), tonumber(part[13] or 0) + 1, field('claimed_at'), integer(now), field('uploader'), token,
+  field('lease_until'), integer(now + lease_ms), field('nonce'), nonce, field('attempts'), attempts, field('claimed_bytes'), integer(math.max(progress, claimed)))
 return {'CLAIMED', nonce, attempts, tonumber(part[10] or 0), part[11]}

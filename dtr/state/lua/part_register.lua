@@ -17,11 +17,12 @@
 --   5 incarnation string  of the member that staged it
 --   6 host        string  host id
 --   7 world_size  integer of the run
---   8 replicated  string  none | some | all: of all, one part holds everything
+--   8 replicated  string  none | some STRUCTURE | all: of all, one part holds everything
 --   9 writer      string  rank that writes a replicated state, else empty
 --  10 store       string  URL without secrets
 --  11 size_bytes  integer of the part
 --  12 save        string  id of this save
+--  13 metrics     string  JSON object of numbers that its trainer said of it, or empty
 -- RETURNS {state, part_state, save}: the checkpoint's state; this rank's part and the save that counts
 -- ERRORS STATE_LOST RECOVERING RUN_UNKNOWN PART_UNKNOWN CKPT_CONFLICT CKPT_ABORTED CKPT_ABANDONED CKPT_STATE
 -- WRITES ckpt parts ckpts open_ckpts events
@@ -31,7 +32,7 @@ local meta, run_key, lineage, ckpt, parts = KEYS[1], KEYS[2], KEYS[3], KEYS[4], 
 local ckpts, open_ckpts, events = KEYS[6], KEYS[7], KEYS[8]
 local run, step, rank, worker, incarnation, host = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local world_size, replicated, writer, store = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
-local size_bytes, save = ARGV[11], ARGV[12]
+local size_bytes, save, metrics = ARGV[11], ARGV[12], ARGV[13]
 
 local known = redis.call('HMGET', meta, 'state_id', 'phase', 'last_run')
 local lost = state_error(known[1], known[2], known[1])
@@ -54,6 +55,6 @@ else
   end
   ckpt_create(ckpt, ckpts, open_ckpts, events, now_ms(), run, step, world_size, replicated, writer, store)
 end
-local placed = part_place(parts, held[5] or 'WRITING', rank, worker, incarnation, host, size_bytes, save, now_ms())
+local placed = part_place(parts, held[5] or 'WRITING', rank, worker, incarnation, host, size_bytes, save, metrics, now_ms())
 if placed.err then return placed end
 return {held[5] or 'WRITING', placed[1], placed[2]}

@@ -23,7 +23,10 @@
 --  10 after_ms    integer base_at is later than this: than every record in the store
 --  11 keep_last   integer commits that retention keeps
 --  12 grace_ms    integer how long objects outlive their manifest
---  13+ ancestors  string  run and last step taken from it, inclusive, alternating
+--  13 keep_every  integer one commit of each so many steps is kept; 0: no such rule
+--  14 keep_best   string  METRIC:min|max:COUNT, several separated by commas; empty: no such rule
+--  15 keep_for_ms integer commits that are younger are kept; 0: no such rule
+--  16+ ancestors  string  run and last step taken from it, inclusive, alternating
 -- RETURNS {base_state, base_run, base_step, base_at, did}: did is 1 if this call changed something
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED CKPT_CONFLICT CKPT_STATE
 -- WRITES meta run_key lineage wake events
@@ -33,7 +36,7 @@ local meta, roster, run_key, restore = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local base_ckpt, lineage, wake, events = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local state_id, run, worker, rank, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local phase, base_run, base_step, store, after_ms = ARGV[6], ARGV[7], ARGV[8], ARGV[9], tonumber(ARGV[10])
-local keep_last, grace_ms = ARGV[11], ARGV[12]
+local keep_last, grace_ms, keep_every, keep_best, keep_for_ms = ARGV[11], ARGV[12], ARGV[13], ARGV[14], ARGV[15]
 
 local known = redis.call('HMGET', meta, 'state_id', 'phase', 'run', 'base_at')
 local lost = state_error(known[1], known[2], state_id)
@@ -65,9 +68,9 @@ end
 
 local base_at = integer(math.max(now_ms(), after_ms + 1, tonumber(known[4] or 0) + 1))
 redis.call('HSET', run_key, 'base_state', 'CUT', 'base_run', base_run, 'base_step', base_step, 'store', store, 'base_at', base_at,
-  'keep_last', keep_last, 'grace_ms', grace_ms)
+  'keep_last', keep_last, 'grace_ms', grace_ms, 'keep_every', keep_every, 'keep_best', keep_best, 'keep_for_ms', keep_for_ms)
 redis.call('DEL', lineage)
 redis.call('HSET', lineage, run, '')
-for i = 13, #ARGV - 1, 2 do redis.call('HSET', lineage, ARGV[i], ARGV[i + 1]) end
+for i = 16, #ARGV - 1, 2 do redis.call('HSET', lineage, ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', meta, 'latest', base_run == '' and '' or name, 'base_at', base_at)
 return {'CUT', base_run, base_step, base_at, 1}

@@ -1,7 +1,7 @@
--- part_place(parts, state, rank, worker, incarnation, host, size_bytes, save, now): note that a rank's part is complete in a slot, while
+-- part_place(parts, state, rank, worker, incarnation, host, size_bytes, save, metrics, now): note that a rank's part is complete in a slot, while
 -- the checkpoint takes parts (state WRITING).
 -- Returns {part state, the save that counts}; the first save of a rank is the part, another of the same size is for its sender to compare.
-local function part_place(parts, state, rank, worker, incarnation, host, size_bytes, save, now)
+local function part_place(parts, state, rank, worker, incarnation, host, size_bytes, save, metrics, now)
   local held = redis.call('HMGET', parts, rank .. '/state', rank .. '/save', rank .. '/size_bytes', rank .. '/incarnation')
   if held[1] then
     if held[4] ~= incarnation then
@@ -14,6 +14,7 @@ local function part_place(parts, state, rank, worker, incarnation, host, size_by
   end
   if state ~= 'WRITING' then return {'', ''} end
   redis.call('HSET', parts, rank .. '/state', 'staged', rank .. '/worker', worker, rank .. '/incarnation', incarnation, rank .. '/host', host,
-    rank .. '/size_bytes', size_bytes, rank .. '/save', save, rank .. '/staged_at', integer(now), rank .. '/attempts', 0)
+    rank .. '/size_bytes', size_bytes, rank .. '/save', save, rank .. '/staged_at', integer(now), rank .. '/attempts', 0,
+    rank .. '/metrics', metrics)
   return {'staged', save}
 end

@@ -1,9 +1,12 @@
--- restore_settle(restore, wake, attempt, run): choose the newest common candidate that nobody dropped; none left ends the attempt.
-local function restore_settle(restore, wake, attempt, run)
+-- restore_settle(restore, restores, wake, attempt, run): choose the newest common candidate that nobody dropped, and count that it is
+-- tried; none left ends the attempt.
+local function restore_settle(restore, restores, wake, attempt, run)
   local held = redis.call('HMGET', restore, 'order', 'fresh', 'offers', 'seen')
   for candidate in string.gmatch(held[1], '%S+') do
     if redis.call('HEXISTS', restore, 'dropped:' .. candidate) == 0 then
       redis.call('HSET', restore, 'state', 'VOTING', 'choice', candidate, 'votes', 0)
+      redis.call('HINCRBY', restores, candidate .. '/begun', 1)
+      redis.call('EXPIRE', restores, 7776000)
       redis.call('XADD', wake, 'MAXLEN', '~', 1000, '*', 'news', 'restore', 'run', run)
       return
     end
@@ -14,11 +17,11 @@ local function restore_settle(restore, wake, attempt, run)
   redis.call('XADD', wake, 'MAXLEN', '~', 1000, '*', 'news', 'restore', 'run', run)
 end
 
--- restore_drop(restore, candidate, reason): nobody may choose this one; the first reason counts.
+-- restore_drop(restore, candidate, reason): nobody may choose this one; the first reason counts, and is answered with true.
 local function restore_drop(restore, candidate, reason)
-  if redis.call('HSETNX', restore, 'dropped:' .. candidate, reason) == 1 then
-    redis.call('HSET', restore, 'dropped', (redis.call('HGET', restore, 'dropped') or '') .. ' ' .. candidate)
-  end
+  local first = redis.call('HSETNX', restore, 'dropped:' .. candidate, reason) == 1
+  if first then redis.call('HSET', restore, 'dropped', (redis.call('HGET', restore, 'dropped') or '') .. ' ' .. candidate) end
+  return first
 end
 
 -- restore_answer(restore, run_key, attempt): {state, choice, base_state, reasons}; reasons alternate candidate and why it was dropped.

@@ -1,0 +1,124 @@
+"""A real uploader for benchmarks: the Celery worker that ``dtr up`` starts, what its processes cost, and when each upload began and ended.
+
+Times come from the server's clock, as the uploader's own scripts wrote them: from the claim of the first part to the decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from dtr.state.job import JobState
+
+__all__ = ["Took", "Worker", "took", "worker"]
+
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+_SAMPLE_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Took:
+    """One checkpoint's way: from staged to claimed, and from claimed to COMMITTED."""
+
+    dispatch_s: float
+    upload_s: float
+
+
+def took(state: JobState, run: str, step: int) -> Took:
+    """What the server says of a checkpoint that is COMMITTED."""
+    parts = state.redis.hgetall(state.keys.parts(run, step))
+    staged_ms, claimed_ms = (
+        min(int(value) for name, value in parts.items() if name.endswith(f"/{what}")) for what in ("staged_at", "claimed_at")
+    )
+    decided_ms = int(state.redis.hget(state.keys.ckpt(run, step), "decided_at") or 0)
+    return Took(dispatch_s=(claimed_ms - staged_ms) / 1000, upload_s=(decided_ms - claimed_ms) / 1000)
+
+
+class Worker:
+    """The uploader's processes. As a context manager: samples their memory while the block runs."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.peak_bytes = 0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def cpu_s(self) -> float:
+        """Of all processes together, since they began."""
+        return sum(_cpu_s(pid) for pid in self._pids())
+
+    def _pids(self) -> list[int]:
+        """The worker and its pool; none of them may end while a benchmark runs."""
+        found = [self._pid]
+        for task in Path(f"/proc/{self._pid}/task").iterdir():
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+        return found
+
+    def _sample(self) -> None:
+        while not self._over.wait(_SAMPLE_S):
+            self.peak_bytes = max(self.peak_bytes, *(_own_bytes(pid) for pid in self._pids()))
+
+    def __enter__(self) -> Self:
+        self._over.clear()
+        self._thread = threading.Thread(target=self._sample, name="bench-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+@contextlib.contextmanager
+def worker(url: str, folder: Path, **environment: str) -> Iterator[Worker]:
+    """An uploader with default settings, but one kept commit; the environment of this process is that of its trainers meanwhile."""
+    base = "/dev/shm" if os.path.isdir("/dev/shm") else str(folder)
+    staging = Path(tempfile.mkdtemp(prefix="dtr-bench-", dir=base))
+    settings = {"DTR_REDIS_URL": url, "DTR_STAGING": str(staging), "DTR_KEEP_LAST": "1", "DTR_READER_GRACE_S": "0", **environment}
+    before = dict(os.environ)
+    os.environ.update(settings)
+    with (folder / "uploader.log").open("wb") as log:
+        child = subprocess.Popen([sys.executable, "-m", "celery", "-A", "tasks", "worker"], stdout=log, stderr=log)
+    try:
+        yield Worker(child.pid)
+    finally:
+        child.terminate()
+        child.wait(timeout=60)
+        os.environ.clear()
+        os.environ.update(before)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def settled(staging: Path, *, timeout_s: float = 60.0) -> None:
+    """Wait until no slot holds a save any more, so that what follows is measured alone."""
+    from dtr.checkpoint.slots import scan
+
+    deadline = time.monotonic() + timeout_s
+    while any(found.kind == "STAGED" for found in scan(str(staging))):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"slots in {staging} were not freed in {timeout_s:.0f} s")
+        time.sleep(0.02)
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def _own_bytes(pid: int) -> int:
+    """What is resident of a process, without shared memory: that is the slot, which the trainer has anyway."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssFile:")))
+    return 0

@@ -1,0 +1,307 @@
+"""The data plane of one process: its loaders in the current run, where the run began, and what a save captures of it.
+
+    restore      sets where the run begins: the merged data state of the checkpoint
+    loader       goes on from there
+    step(batch)  consumed, as of this step
+    save         captures this rank's own consumption; rank 0 adds where the run began; the uploader merges all ranks'
+
+A consistent cut needs no coordination beyond that of the save itself: each rank's share is what it consumed through the step that it saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, cast
+
+import orjson
+
+from dtr import names
+from dtr.datasets import ranges
+from dtr.datasets.batch import Batch
+from dtr.datasets.datastate import Cursor, DataState, Dynamic, merged, parse, parse_all, shared
+from dtr.datasets.feed import Mode, Plan, Tail
+from dtr.datasets.loader import Loader, going_on
+from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.reports import Reports
+from dtr.datasets.spec import Dataset
+from dtr.errors import DataConflict, DatasetNotFound, InvalidInput, LedgerUnset, StateCorrupt
+from dtr.session import Session
+
+__all__ = ["DataPlane", "captured", "merge_shares", "plane_of", "planned", "tell"]
+
+log = logging.getLogger(__name__)
+
+WINDOW: Final = 1 << 14  # samples that deterministic mode permutes among each other
+
+_mutex = threading.Lock()
+
+
+def plane_of(session: Session) -> DataPlane:
+    """The data plane of the process that this session is of."""
+    with _mutex:
+        found = session.attached.get("data")
+        if not isinstance(found, DataPlane):
+            found = session.attached["data"] = DataPlane(session)
+        return found
+
+
+def captured(session: Session) -> str:
+    """This rank's share of the data state as of now, for a save; '' for a process that loads nothing."""
+    found = session.attached.get("data")
+    return found.captured() if isinstance(found, DataPlane) else ""
+
+
+def tell(session: Session, script: str, keys: Sequence[str], args: Sequence[Any]) -> None:
+    """Send a report that nobody waits for, if this process has a connection for such."""
+    found = session.attached.get("data")
+    if isinstance(found, DataPlane):
+        found.reports.send(script, keys, args)
+
+
+class DataPlane:
+    """One process's data plane; it follows its session from run to run.
+
+    Args:
+        session: of this process.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._mutex = threading.Lock()
+        self._run = ""
+        self._base: dict[str, DataState] | None = None
+        self._loaders: dict[str, Loader] = {}
+        self._written: dict[str, tuple[DataState, orjson.Fragment]] = {}
+        self._warned = False
+        self.reports = Reports(session.settings.redis_url, f"dtr-report-{session.worker_id}")
+
+    # --- where a run begins -----------------------------------------------------------------------------------------
+
+    def restored(self, data: Mapping[str, Any]) -> None:
+        """The current run goes on from the data state of a checkpoint's manifest; {}: from the beginning.
+
+        Raises StateCorrupt if it is no data state.
+        """
+        base = parse_all(data)
+        self._follow()
+        if self._loaders:
+            log.warning("restored again in run %s: its loaders go on where they are, since data is leased once in a run", self._run)
+            return
+        self._base = base
+
+    def _follow(self) -> None:
+        """Leave behind what belongs to an earlier run."""
+        run = self._session.run.id
+        if run != self._run:
+            self.end_run()
+            self._run = run
+
+    def end_run(self) -> None:
+        """Close the loaders: the run is over for this process."""
+        loaders, self._loaders = list(self._loaders.values()), {}
+        for loader in loaders:
+            loader.close()
+        self._base, self._run, self._written = None, "", {}
+
+    def close(self) -> None:
+        """Let go of threads and connections."""
+        self.end_run()
+        self.reports.close()
+
+    def _start_of(self, plan: Plan) -> DataState:
+        spec = plan.dataset.spec
+        if self._base is None and self._session.run.previous and self._session.settings.store:
+            raise LedgerUnset(
+                f"run {self._run} follows run {self._session.run.previous}, and it is not known what that consumed: call restore() "
+                "before loader()",
+                run=self._run,
+            )
+        if self._base is None and self._session.run.previous:
+            log.warning("run %s follows another, and nothing was restored: data set %s begins anew", self._run, spec.name)
+        base = (self._base or {}).get(spec.name)
+        if base is not None:
+            return going_on(plan, base)
+        if plan.mode == "dynamic":
+            return Dynamic(version=spec.version, digest=spec.digest, seed=plan.seed)
+        return Cursor(
+            version=spec.version, digest=spec.digest, seed=plan.seed, global_batch_size=plan.batch_size, window=plan.window, tail=plan.tail
+        )
+
+    # --- loading ----------------------------------------------------------------------------------------------------
+
+    def loader(
+        self, registry: DatasetRegistry, name: str, *, batch_size: Any, global_batch_size: Any, epochs: Any, columns: Any, seed: Any,
+        prefetch: Any, mode: Any, tail: Any, window: Any,
+    ) -> Loader:  # fmt: skip
+        """A loader in the current run; the one that is there already if the same is asked for again. See ``Agent.loader``."""
+        self._session.check()
+        self._follow()
+        dataset = self._dataset(registry, name)
+        plan = planned(
+            dataset, batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns, seed=seed, mode=mode,
+            tail=tail, window=window,
+        )  # fmt: skip
+        ahead = names.positive(prefetch, "prefetch", 10_000)
+        there = self._loaders.get(name)
+        if there is not None:
+            if there.plan != plan:
+                raise InvalidInput(
+                    f"name: run {self._run} has a loader of data set {name!r} with other arguments; a run loads a data set in one way",
+                    field="name",
+                )
+            return there
+        loader = Loader(self._session, plan, self._start_of(plan), reports=self.reports, prefetch=ahead, mutex=self._mutex)
+        self._loaders[name] = loader
+        return loader
+
+    def _dataset(self, registry: DatasetRegistry, name: str) -> Dataset:
+        """The data set; of an epoch that was begun with an earlier version, that one."""
+        current = registry.get(name)
+        base = (self._base or {}).get(name)
+        if base is None or base.digest == current.spec.digest:
+            return current
+        try:
+            earlier = registry.get(name, base.version)
+        except DatasetNotFound:
+            earlier = current
+        if earlier.spec.digest == base.digest:
+            log.warning("data set %s: the restored lineage is in the middle of version %d, so that is loaded", name, base.version)
+            return earlier
+        return current
+
+    def consumed(self, batches: Any, step: int) -> None:
+        """The trainer consumed these: a batch, several, or None.
+
+        Raises InvalidInput for what no loader of this run gave, or what was reported before.
+        """
+        if batches is None:
+            return
+        some = [batches] if isinstance(batches, Batch) else list(batches) if isinstance(batches, list | tuple) else None
+        if some is None or not all(isinstance(batch, Batch) for batch in some):
+            if not self._loaders:
+                return  # another loader's, which dtr keeps no account of
+            raise InvalidInput(
+                f"batch must be what the loader gave, or a list of such, got {type(batches).__name__}: pass the batch itself to step(), "
+                "whatever was made of it for the model",
+                field="batch",
+            )
+        for batch in cast("Iterable[Batch]", some):
+            loader = self._loaders.get(batch.dataset)
+            if loader is None or batch.run != self._run:
+                raise InvalidInput(
+                    f"batch: batch {batch.number} of data set {batch.dataset!r} was read in run {batch.run}, this is run "
+                    f"{self._session.run.id}: what an ended run read ahead is read again",
+                    field="batch",
+                )
+            loader.consume(batch, step)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def captured(self) -> str:
+        """This rank's share of the data state as of now, JSON; '' if there is nothing to say. Costs no round trip."""
+        run = self._session.run
+        if run.id != self._run:
+            return ""
+        with self._mutex:
+            own = {name: loader.consumption.state() for name, loader in self._loaders.items()}
+            left = sum(loader.consumption.unreported() for loader in self._loaders.values())
+            size = max((len_of(loader) for loader in self._loaders.values()), default=0)
+        if left > 2 * size and not self._warned:
+            self._warned = True
+            log.warning("%d samples were handed out and not reported: pass each batch to step(), or they will be read again", left)
+        share: dict[str, dict[str, Any]] = {name: {"own": state.to_json()} for name, state in own.items()}
+        if run.rank == 0:
+            for name, state in {**(self._base or {}), **{name: loader.base for name, loader in self._loaders.items()}}.items():
+                share.setdefault(name, {})["before"] = self._before(name, state)
+        return orjson.dumps(share, option=orjson.OPT_SORT_KEYS).decode() if share else ""
+
+    def _before(self, name: str, state: DataState) -> orjson.Fragment:
+        """Where the run began, written once: it may be long, and a save must not wait for it each time."""
+        known = self._written.get(name)
+        if known is None or known[0] is not state:
+            known = self._written[name] = (state, orjson.Fragment(orjson.dumps(state.to_json(), option=orjson.OPT_SORT_KEYS)))
+        return known[1]
+
+
+def len_of(loader: Loader) -> int:
+    """Samples that may be on their way through one step."""
+    return loader.plan.batch_size * (1 + loader.prefetch)
+
+
+def merge_shares(shares: Mapping[int, str]) -> dict[str, Any]:
+    """The data state of a checkpoint from each rank's share, for its manifest.
+
+    Raises:
+        DataConflict: two ranks consumed the same samples, or load in different ways.
+        StateCorrupt: a share is no data state.
+    """
+    found: dict[str, DataState] = {}
+    for rank in sorted(shares):
+        for name, share in _parsed(rank, shares[rank]).items():
+            state = merged(name, [parse(name, share[part]) for part in ("before", "own") if part in share])
+            if name in found:
+                _check_disjoint(name, rank, found[name], state)
+                state = merged(name, [found[name], state])
+            found[name] = state
+    return {name: state.to_json() for name, state in sorted(found.items())}
+
+
+def _parsed(rank: int, share: str) -> Mapping[str, Mapping[str, Any]]:
+    """A rank's share: data set -> its ``own`` state and, of rank 0, that ``before`` the run."""
+    try:
+        found = orjson.loads(share) if share else {}
+    except orjson.JSONDecodeError as exc:
+        raise StateCorrupt(f"rank {rank}'s share of the data state is no JSON: {exc}") from exc
+    if not isinstance(found, dict) or not all(isinstance(of, dict) and {"own", "before"} & of.keys() for of in found.values()):
+        raise StateCorrupt(f"rank {rank}'s share of the data state must map data sets to own and before, got {share[:60]!r}")
+    return found
+
+
+def _check_disjoint(name: str, rank: int, others: DataState, state: DataState) -> None:
+    """Redis that forgot a lease, or a trainer that went on alone: what two ranks both trained on must not pass for consumed once."""
+    twice = shared(others, state)
+    if twice:
+        shard, held = min(twice.items())
+        where = f"shard {shard}" + (f" samples {ranges.format_ranges(held)}" if held is not None else "")
+        raise DataConflict(f"data set {name!r}: rank {rank} and another rank both consumed {where}", name=name)
+    if isinstance(state, Cursor) and isinstance(others, Cursor) and (state.epoch, state.batch) != (others.epoch, others.batch):
+        raise DataConflict(
+            f"data set {name!r}: rank {rank} stands at batch {state.batch} of epoch {state.epoch}, another rank at batch {others.batch} of "
+            f"epoch {others.epoch}: every rank must pass each batch to step()",
+            name=name,
+        )
+
+
+def planned(
+    dataset: Dataset, *, batch_size: Any, global_batch_size: Any, epochs: Any, columns: Any, seed: Any, mode: Any, tail: Any, window: Any
+) -> Plan:
+    """The arguments of a loader, checked; raises InvalidInput that names the one which is wrong."""
+    if mode not in ("dynamic", "deterministic"):
+        raise InvalidInput(f"mode must be 'dynamic' or 'deterministic', got {mode!r}", field="mode")
+    known = ("empty", "pad", "drop") if mode == "deterministic" else ("empty", "pad")
+    if tail not in known:
+        raise InvalidInput(f"tail must be {' or '.join(map(repr, known))} in {mode} mode, got {tail!r}", field="tail")
+    given, other = ("global_batch_size", "batch_size") if mode == "deterministic" else ("batch_size", "global_batch_size")
+    sizes = {"batch_size": batch_size, "global_batch_size": global_batch_size}
+    if sizes[other] is not None or sizes[given] is None:
+        raise InvalidInput(
+            f"{given} is what {mode} mode takes, not {other}: "
+            + ("the sequence of global batches must not depend on the number of ranks" if mode == "deterministic" else "of each rank"),
+            field=given if sizes[given] is None else other,
+        )
+    if columns is not None and (isinstance(columns, str) or not all(isinstance(column, str) for column in columns)):
+        raise InvalidInput(f"columns must be a list of names, got {columns!r}", field="columns")
+    if window is not None and mode != "deterministic":
+        raise InvalidInput("window belongs to deterministic mode: leave it out", field="window")
+    return Plan(
+        dataset=dataset,
+        mode=cast("Mode", mode),
+        batch_size=names.positive(sizes[given], given, 1 << 31),
+        epochs=None if epochs is None else names.positive(epochs, "epochs"),
+        columns=None if columns is None else tuple(columns),
+        seed=dataset.spec.seed if seed is None else names.step(seed, "seed"),
+        window=(WINDOW if window is None else names.step(window, "window")) if mode == "deterministic" else 1,
+        tail=cast("Tail", tail),
+    )

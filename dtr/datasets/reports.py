@@ -1,0 +1,140 @@
+"""Reports that nobody waits for: written into the kernel's hands, their answers read when the next one is sent.
+
+Guarantees: `send` takes microseconds, opens no connection and never blocks, however slow the server is; what was sent before the process
+is killed is Redis's (the kernel delivers it); reports arrive in order; those whose answer was never read are sent again over the next
+connection, which harms nothing, since a report says what is so and not what to add.
+
+So what a rank has handed out, and its data state of a step that it saves, outlive it from that moment on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+from hiredis import Reader, ReplyError, pack_command
+from redis import exceptions as rx
+
+from dtr.state.client import connect_blocking
+from dtr.state.scripts import load
+
+__all__ = ["Reports"]
+
+log = logging.getLogger(__name__)
+
+MOST_UNANSWERED: Final = 1000  # older ones are forgotten: what they said is part of later ones, or is said again by other ways
+RECONNECT_S: Final = 1.0
+SCRIPTS: Final = ("ledger_report", "ckpt_data")
+
+
+class Reports:
+    """One process's reports. `send` and `connect` may be called by different threads.
+
+    Args:
+        url: of Redis.
+        name: what CLIENT LIST shows.
+    """
+
+    def __init__(self, url: str, name: str) -> None:
+        self._pool = connect_blocking(url, name=name, block_s=1).connection_pool
+        self._mutex = threading.Lock()
+        self._connection: Any = None
+        self._socket: Any = None
+        self._reader: Any = None
+        self._unanswered: deque[tuple[Any, ...]] = deque(maxlen=MOST_UNANSWERED)
+        self._unsent = b""
+        self._retry_at_s = 0.0
+        self._pid = os.getpid()
+        self.refused = ""  # the newest refusal, for whoever wonders why people see no progress
+
+    def connect(self) -> None:
+        """Open the connection if there is none, for the thread that reads ahead: this may take as long as Redis does. Raises nothing."""
+        if self._connection is not None or time.monotonic() < self._retry_at_s:
+            return
+        try:
+            connection = self._pool.connection_class(**self._pool.connection_kwargs)
+            connection.connect()
+            for script in SCRIPTS:
+                connection.send_command("SCRIPT", "LOAD", load(script).text)
+                connection.read_response()
+        except (rx.RedisError, OSError) as exc:
+            log.debug("reports wait for Redis: %s", exc)
+            self._retry_at_s = time.monotonic() + RECONNECT_S
+            return
+        with self._mutex:
+            self._socket = connection._sock  # noqa: SLF001 - redis-py has no public name for it
+            self._socket.setblocking(False)
+            self._reader, self._connection = Reader(encoding="utf-8", errors="surrogateescape"), connection
+            self._unsent = b"".join(map(_packed, self._unanswered))
+            self._try_exchange()
+
+    def send(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> None:
+        """Send one report behind those that wait; raises nothing: a server that is away gets it later."""
+        with self._mutex:
+            self._unanswered.append((load(script).sha, len(keys), *keys, *args))
+            if self._connection is not None:
+                self._unsent += _packed(self._unanswered[-1])
+                self._try_exchange()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all were answered, for whoever leaves; False if time ran out."""
+        deadline = time.monotonic() + timeout_s
+        while self._unanswered and time.monotonic() < deadline:
+            self.connect()
+            with self._mutex:
+                self._try_exchange()
+            time.sleep(0.001)
+        return not self._unanswered
+
+    def close(self) -> None:
+        """Close the connection; what was not answered is sent again if another one is opened."""
+        with self._mutex:
+            self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection, self._unsent = self._connection, None, b""
+        if connection is not None and self._pid == os.getpid():
+            connection.disconnect()
+
+    def _try_exchange(self) -> None:
+        try:
+            if self._connection is not None:
+                self._exchange()
+        except (rx.RedisError, OSError, UnicodeError) as exc:
+            log.debug("reports wait for Redis: %s", exc)
+            self._drop()
+            self._retry_at_s = time.monotonic() + RECONNECT_S
+
+    def _exchange(self) -> None:
+        """Hand the kernel what it takes, and read what has come."""
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                chunk = self._socket.recv(65_536)
+                if not chunk:
+                    raise rx.ConnectionError("the server closed the connection")
+                self._reader.feed(chunk)
+        while (answer := self._reader.gets()) is not False:
+            self._answered(answer)
+
+    def _answered(self, answer: Any) -> None:
+        if isinstance(answer, ReplyError) and str(answer).startswith("NOSCRIPT"):
+            raise rx.NoScriptError(str(answer))  # Redis forgot the script: a new connection loads it, and what waits is sent again
+        if self._unanswered:
+            self._unanswered.popleft()
+        if isinstance(answer, ReplyError) and str(answer) != self.refused:
+            self.refused = str(answer)
+            log.debug("a report was refused: %s", answer)
+
+
+def _packed(report: tuple[Any, ...]) -> bytes:
+    packed: bytes = pack_command(("EVALSHA", *report))
+    return packed

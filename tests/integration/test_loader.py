@@ -1,0 +1,444 @@
+"""Loaders of several ranks on a real server: what they give, in how many batches, and where the next run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from dtr.checkpoint.manager import CheckpointManager
+from dtr.checkpoint.rebuild import rebuild
+from dtr.checkpoint.survey import read_manifest
+from dtr.config import Settings
+from dtr.datasets.cut import cut_at
+from dtr.datasets.datastate import Dynamic
+from dtr.datasets.plane import merge_shares
+from dtr.datasets.registry import DatasetRegistry
+from dtr.errors import DataConflict, DatasetMismatch, ForkedProcess, InvalidInput, LedgerUnset, RosterChanged, ShardUnreadable
+from dtr.state.job import JobState
+from dtr.state.scripts import load
+from dtr.store import open_store
+from tests.loading import Loading, loading, once_each, write_lines
+from tests.proxy import Proxy
+from tests.servers import RedisServer
+from tests.uploading import uploading
+from tests.waiting import eventually
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def numbers(settings: Settings, tmp_path: Path) -> Path:
+    """400 samples in 16 shards, shuffled."""
+    folder = write_lines(tmp_path / "data", 400)
+    registry = DatasetRegistry(settings.redis_url, job=settings.job)
+    registry.register("numbers", path=folder, format="jsonl", shard_size=25, shuffle=True)
+    registry.close()
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 10), (3, 7), (4, 60)])
+def test_every_sample_once_and_as_many_steps_for_all(settings: Settings, numbers: Path, ranks: int, batch_size: int) -> None:
+    """Given shards that do not divide evenly, when all ranks train two epochs, then each sample came once in each, in equal steps."""
+    with loading(settings, ranks) as job:
+        steps = job.train(batch_size=batch_size, epochs=2)
+        assert len(set(steps)) == 1
+        for epoch in (0, 1):
+            assert once_each(job.seen(epoch), range(400))
+
+
+def test_ranks_need_no_collective_to_agree_on_the_end(settings: Settings, numbers: Path) -> None:
+    """Given ranks that do not wait for each other, when one is much faster, then they still have as many batches."""
+    with loading(settings, 3) as job:
+        assert len(set(job.train(lockstep=False, epochs=2))) == 1
+        assert once_each(job.seen(1), range(400))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 13, 17])
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_the_next_run_goes_on_with_another_number_of_ranks(settings: Settings, numbers: Path, steps: int, after: int) -> None:
+    """Given a cut in mid-epoch, when other ranks go on from its data state, then each sample of the epochs was consumed once."""
+    with loading(settings, 3, names="a") as first:
+        first.train(steps, batch_size=9, epochs=2)
+        cut = first.merged()
+        seen = [first.seen(0), first.seen(1)]
+    with loading(settings, after, names="b") as second:
+        second.restored(cut).train(batch_size=9, epochs=2)
+        for epoch in (0, 1):
+            assert once_each(seen[epoch] + second.seen(epoch), range(400))
+
+
+def test_a_finished_state_has_nothing_left(settings: Settings, numbers: Path) -> None:
+    """Given the state after the last epoch, when it is restored, then there is no batch, on any rank."""
+    with loading(settings, 2, names="a") as job:
+        job.train()
+        cut = job.merged()
+    with loading(settings, 2, names="b") as job:
+        assert job.restored(cut).train() == [0, 0]
+
+
+def test_more_ranks_than_shards_give_empty_batches_of_the_right_kind(settings: Settings, tmp_path: Path) -> None:
+    """Given two shards and four ranks, when they load, then some have only empty batches, of the right columns and dtypes."""
+    with loading(settings, 4) as job:
+        job.ranks[0].registry.register("numbers", path=write_lines(tmp_path / "d", 20, 1), format="jsonl", shard_size=10)
+        batches = job.each(lambda rank: list(rank.loader(batch_size=5, columns=["x", "id"])))
+        assert len({len(of) for of in batches}) == 1
+        assert sum(not sum(map(len, of)) for of in batches) >= 2
+        assert {str(batch["x"].dtype) for of in batches for batch in of} == {"float64"}
+        assert sorted(int(i) for of in batches for batch in of for i in batch["id"]) == list(range(20))
+
+
+def test_padding_fills_every_batch_and_is_on_record(settings: Settings, tmp_path: Path) -> None:
+    """Given tail='pad', when ranks run out at different times, then all batches are full, and what came twice is in the data state."""
+    with loading(settings, 3) as job:
+        job.ranks[0].registry.register("numbers", path=write_lines(tmp_path / "d", 50, 1), format="jsonl", shard_size=20)
+        job.train(batch_size=8, tail="pad")
+        assert {len(ids) for rank in job.ranks for _, ids in rank.seen} == {8}
+        counts = job.seen()
+        assert set(counts) == set(range(50))
+        assert job.merged()["numbers"]["done"] == "0-2"
+        assert job.merged()["numbers"]["notes"]["padded"]["0"]
+
+
+def test_what_was_handed_out_and_not_reported_is_read_again(settings: Settings, numbers: Path) -> None:
+    """Given batches that the trainer never reported, when another run goes on, then they come again."""
+    with loading(settings, 1, names="a") as job:
+        loader = job.ranks[0].loader()
+        for n in range(6):
+            batch = next(loader)
+            if n < 3:
+                job.ranks[0].consume(batch)
+        cut, seen = job.merged(), job.seen()
+    with loading(settings, 1, names="b") as job:
+        job.restored(cut).train()
+        assert once_each(seen + job.seen(), range(400))
+
+
+def test_an_unreported_batch_of_a_finished_epoch_is_on_record_as_dropped(settings: Settings, numbers: Path) -> None:
+    """Given a batch that was left out, when the next epoch is under way, then the record says which samples that were."""
+    with loading(settings, 1) as job:
+        for n, batch in enumerate(job.ranks[0].loader(epochs=2)):
+            if n == 4:
+                left_out = sorted(batch.ranges)
+            elif n < 50:
+                job.ranks[0].consume(batch)
+        dropped = job.merged()["numbers"]["notes"]["dropped"]["0"]
+        assert sorted((int(s), *map(int, part.split("-"))) for s, text in dropped.items() for part in text.split(",")) == left_out
+
+
+def test_a_batch_counts_once_and_only_in_its_run(settings: Settings, numbers: Path) -> None:
+    """Given a batch, when it is reported twice, or something else is reported, then that is refused, and nothing is counted."""
+    with loading(settings, 1) as job:
+        rank = job.ranks[0]
+        batch = next(rank.loader())
+        rank.consume(batch)
+        before = job.merged()
+        with pytest.raises(InvalidInput, match="reported before"):
+            rank.plane.consumed(batch, 1)
+        with pytest.raises(InvalidInput, match="what the loader gave"):
+            rank.plane.consumed({"id": batch["id"]}, 1)
+        assert job.merged() == before
+
+
+def test_two_ranks_that_consumed_the_same_are_found_out(settings: Settings, numbers: Path) -> None:
+    """Given shares that overlap, as after a Redis that forgot a lease, when they are merged, then that is a conflict."""
+    with loading(settings, 1) as job:
+        job.train(3)
+        share = job.ranks[0].plane.captured()
+        with pytest.raises(DataConflict, match="both consumed shard"):
+            merge_shares({0: share, 1: share})
+
+
+# --- deterministic mode ---------------------------------------------------------------------------------------------------
+
+
+def global_batches(job: Any, steps: int | None, **options: Any) -> list[list[int]]:
+    """The global batches, put together from the ranks' shares."""
+    for rank in job.ranks:
+        rank.seen.clear()
+    job.train(steps, mode="deterministic", global_batch_size=24, **options)
+    return [[i for rank in job.ranks for i in rank.seen[n][1]] for n in range(len(job.ranks[0].seen))]
+
+
+@pytest.mark.parametrize("window", [64, 0])
+def test_the_sequence_of_global_batches_does_not_depend_on_the_ranks(settings: Settings, numbers: Path, window: int) -> None:
+    """Given 4 -> 3 -> 8 -> 1 ranks, when each goes on from the state before, then the global batches are those of 4 throughout."""
+    with loading(settings, 4, names="all") as job:
+        expected = global_batches(job, None, epochs=2, window=window)
+    assert Counter(i for batch in expected[:17] for i in batch) == Counter(range(400))
+    assert expected[:17] != expected[17:]
+    found, cut = [], {}
+    for ranks, steps in ((4, 7), (3, 9), (8, 5), (1, None)):
+        with loading(settings, ranks, names=f"r{ranks}-") as job:
+            found += global_batches(job.restored(cut), steps, epochs=2, window=window)
+            cut = job.merged()
+    assert found == expected
+
+
+@pytest.mark.parametrize(("tail", "sizes"), [("empty", [24] * 16 + [16]), ("drop", [24] * 16), ("pad", [24] * 17)])
+def test_the_tail_of_a_deterministic_epoch(settings: Settings, numbers: Path, tail: str, sizes: list[int]) -> None:
+    """Given samples that are no multiple of the global batch, then the last one is short, dropped or padded, as was asked."""
+    with loading(settings, 2) as job:
+        assert [len(batch) for batch in global_batches(job, None, tail=tail)] == sizes
+
+
+def test_a_state_of_another_sequence_is_refused(settings: Settings, numbers: Path) -> None:
+    """Given a restored cursor, when the loader asks for another global batch size, then it is refused by name."""
+    with loading(settings, 2, names="a") as job:
+        global_batches(job, 3)
+        cut = job.merged()
+    with loading(settings, 2, names="b") as job, pytest.raises(DataConflict, match="global_batch_size 24, the loader 30"):
+        job.restored(cut).train(mode="deterministic", global_batch_size=30)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> None:
+    """The first bytes make no JSON any more, and the file looks as it was."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"?????")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_shard_that_cannot_be_read_is_nobodys_and_on_record(settings: Settings, numbers: Path) -> None:
+    """Given a damaged shard, when ranks train two epochs, then all else comes once, in equal steps, and the record has the error."""
+    damage(numbers / "part-2.jsonl")
+    with loading(settings, 3) as job:
+        assert len(set(job.train(epochs=2))) == 1
+        for epoch in (0, 1):
+            assert once_each(job.seen(epoch), [*range(200), *range(225, 400)])
+        found = job.merged()["numbers"]["notes"]["quarantined"]
+        assert set(found) == {"0", "1"} and set(found["0"]) == {"8"}
+        assert "part-2.jsonl" in found["0"]["8"] and "not JSON" in found["0"]["8"]
+        keys = job.ranks[0].session.state.keys
+        events = [e for _, e in job.ranks[0].session.state.redis.xrange(keys.events) if e["event"] == "shard_quarantined"]
+        assert [e["shard"] for e in events] == ["8"]
+        cut = job.merged()
+    with loading(settings, 2, names="b") as job:  # with the quarantine the epoch is complete
+        assert job.restored(cut).train(epochs=2) == [0, 0]
+
+
+def test_a_changed_file_is_refused_and_not_left_out(settings: Settings, numbers: Path) -> None:
+    """Given a file that was written to since it was registered, when it is loaded, then that is an error that names it."""
+    with (numbers / "part-1.jsonl").open("a") as file:
+        file.write("{}\n")
+    with loading(settings, 1) as job, pytest.raises(DatasetMismatch, match=r"part-1\.jsonl changed since"):
+        job.train()
+
+
+def test_a_damaged_shard_stops_deterministic_mode(settings: Settings, numbers: Path) -> None:
+    """Given a damaged shard, in deterministic mode, then no other sequence is given in its place."""
+    damage(numbers / "part-2.jsonl")
+    with loading(settings, 1) as job, pytest.raises(ShardUnreadable, match=r"part-2\.jsonl"):
+        global_batches(job, None)
+
+
+def test_a_departure_ends_the_loader(settings: Settings, numbers: Path) -> None:
+    """Given two ranks, when one leaves, then the other's loader raises it instead of ending the epoch."""
+    with loading(settings, 2) as job:
+        job.train(4)
+        stays, leaves = job.ranks
+        loader = stays.loader()
+        leaves.session.close()
+
+        def ended() -> bool:
+            try:
+                next(loader)
+            except RosterChanged:
+                return True
+            except StopIteration:
+                raise AssertionError("the epoch ended instead") from None
+            return False
+
+        eventually(ended, timeout_s=20, what="the loader to learn of it")
+
+
+def test_a_ledger_needs_what_was_restored(settings: Settings, numbers: Path) -> None:
+    """Given a run that follows another, with a store, when nothing was restored, then loading is refused rather than begun anew."""
+    with loading(replace(settings, store="/tmp/none"), 1, names="a") as job:
+        job.train(3)
+        rank = job.ranks[0]
+        rank.session.form()
+        with pytest.raises(LedgerUnset, match=r"call restore\(\)"):
+            rank.loader()
+        rank.plane.restored({})
+        assert rank.loader() is rank.loader()
+        with pytest.raises(InvalidInput, match="one way"):
+            rank.loader(batch_size=11)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"batch_size": 0}, "batch_size"), ({"batch_size": None}, "batch_size"), ({"mode": "random"}, "mode"), ({"tail": "cut"}, "tail"),
+        ({"tail": "drop"}, "tail"), ({"columns": "id"}, "columns"), ({"epochs": 0}, "epochs"), ({"seed": -1}, "seed"),
+        ({"prefetch": 0}, "prefetch"), ({"window": 5}, "window"), ({"global_batch_size": 8}, "global_batch_size"),
+        ({"mode": "deterministic", "batch_size": 8}, "global_batch_size"), ({"mode": "deterministic"}, "global_batch_size"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(settings: Settings, numbers: Path, options: dict[str, Any], field: str) -> None:
+    """Each is refused before anything is leased."""
+    with loading(settings, 1) as job, pytest.raises(InvalidInput) as caught:
+        job.ranks[0].loader(**options)
+    assert caught.value.field == field
+
+
+def test_a_column_that_is_not_there_is_no_reason_for_quarantine(settings: Settings, numbers: Path) -> None:
+    """Given a misspelt column, when batches are asked for, then that is the trainer's error."""
+    with loading(settings, 1) as job:
+        with pytest.raises(InvalidInput, match="no column 'idd'"):
+            next(job.ranks[0].loader(columns=["idd"]))
+        assert job.ranks[0].session.state.redis.exists(job.ranks[0].session.state.keys.quarantine("numbers", "d")) == 0
+
+
+def test_the_states_of_all_ranks_resume_any_number_of_them(settings: Settings, numbers: Path) -> None:
+    """Given every rank's state_dict, when loaders of other ranks load them, then each sample was consumed once."""
+    with loading(settings, 3, names="a") as job:
+        job.train(5)
+        states, seen = [rank.loader().state_dict() for rank in job.ranks], job.seen()
+    with loading(settings, 2, names="b") as job:
+        for rank in job.ranks:
+            rank.loader().load_state_dict(json.loads(json.dumps(states)))
+        job.train()
+        assert once_each(seen + job.seen(), range(400))
+        with pytest.raises(DataConflict, match="before the first batch"):
+            job.ranks[0].loader().load_state_dict(states)
+
+
+def test_a_forked_child_does_not_read_on(settings: Settings, numbers: Path) -> None:
+    """Given a loader, when a child of its process uses it, then it is told, and the parent goes on."""
+    with loading(settings, 1) as job:
+        loader = job.ranks[0].loader()
+        job.ranks[0].consume(next(loader))
+        child = os.fork()
+        if child == 0:  # pragma: no cover - another process
+            status = 1
+            with contextlib.suppress(BaseException):
+                try:
+                    next(loader)
+                except ForkedProcess:
+                    status = 0
+            os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        job.train()
+        assert once_each(job.seen(), range(400))
+
+
+def test_a_lost_reply_to_a_lease_loses_no_shard(settings: Settings, numbers: Path, valkey: RedisServer) -> None:
+    """Given a connection that breaks after the lease took effect, again and again, then each sample still comes once."""
+    proxy = Proxy(valkey.port)
+    try:
+        cut = replace(settings, redis_url=f"redis://127.0.0.1:{proxy.port}/0")
+        with loading(cut, 2) as job:
+            for _ in range(4):
+                proxy.drop_replies(2, matching=load("ledger_lease").sha.encode(), then="close")
+                job.train(4)
+            job.train()
+            assert once_each(job.seen(), range(400))
+    finally:
+        proxy.close()
+
+
+def test_what_a_killed_rank_had_handed_out_is_on_record(settings: Settings, numbers: Path) -> None:
+    """Given a rank killed right after a batch was handed to it, then the ledger has that batch and all before it, sample by sample."""
+    code = f"""
+import os, signal
+from tests.loading import Loading
+from dtr.config import Settings
+settings = Settings.load(environ={{}}, redis_url={settings.redis_url!r}, job={settings.job!r}, staging={settings.staging!r})
+rank = Loading(settings, 1).start().ranks[0]
+loader = rank.loader(batch_size=3)
+for n in range(40):
+    rank.consume(next(loader))
+ids = [int(i) for i in next(loader)["id"]]
+print(rank.session.run.id, sum((i for _, i in rank.seen), []) + ids, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert out.returncode == -signal.SIGKILL, out.stderr
+    run, _, ids = out.stdout.partition(" ")
+    state = JobState(settings.redis_url, settings.job)
+    registry = DatasetRegistry(settings.redis_url, job=settings.job)
+    dataset = registry.get("numbers")
+    keys = state.keys.ledger("numbers", 0, run)
+    raw = redis.Redis.from_url(settings.redis_url)
+    base = Dynamic(version=1, digest=dataset.spec.digest, seed=7)
+    found = eventually(lambda: cut_at("numbers", base, state.redis.hgetall(keys.ledger), raw.get(keys.done) or b"", 40), what="the cut")
+    held = {shard: ((0, 25),) for start, stop in found.done for shard in range(start, stop)} | dict(found.partial)
+    told = {
+        int(dataset.shard(shard).read(["id"])["id"][at]) for shard, of in held.items() for start, stop in of for at in range(start, stop)
+    }
+    assert told == set(json.loads(ids))
+    registry.close()
+    state.close()
+    raw.close()
+
+
+# --- in a checkpoint ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_has_the_data_state_and_an_empty_redis_goes_on_from_it(
+    settings: Settings, numbers: Path, own_valkey: RedisServer
+) -> None:
+    """Given a replicated save of three ranks, when Redis is emptied, then two other ranks restore it and consume exactly the rest."""
+    own = replace(settings, redis_url=own_valkey.url, store=str(numbers.parent / "store"))
+    with uploading(own), saving(own, 3) as (job, managers):
+        job.train(5)
+        handles = job.each(lambda rank: managers[rank.session.run.rank].save_async({"step": 4}, 4, replicated=True))
+        commit = handles[0].durable.result(60)
+        assert [handle.durable.result(60).step for handle in handles] == [4, 4, 4]
+        seen, shown = job.seen(), job.merged()
+        manifest = read_manifest(open_store(str(own.store)).child(own.job), commit.run, 4)
+        assert dict(manifest.data) == shown
+        parts = [dict(part) for part in safetensors_metadata(numbers.parent / "store")]
+        assert [json.loads(part["dtr_data"]) for part in parts] == [json.loads(job.ranks[0].plane.captured())]
+        job.train(3)  # consumed after the save: not in it
+    with redis.Redis.from_url(own.redis_url) as raw:
+        raw.flushall()
+    with uploading(own), saving(own, 2, names="b") as (job, managers):
+        found = job.each(lambda rank: managers[rank.session.run.rank].restore())
+        assert [one.step for one in found] == [4, 4]
+        job.ranks[0].registry.register("numbers", path=numbers, format="jsonl", shard_size=25, shuffle=True)
+        job.train()
+        assert once_each(seen + job.seen(), range(400))
+
+
+@contextlib.contextmanager
+def saving(settings: Settings, size: int, *, names: str = "w") -> Iterator[tuple[Loading, list[CheckpointManager]]]:
+    """Ranks that load and save."""
+    with loading(
+        settings, size, names=names, recover=lambda state, state_id: rebuild(state, str(settings.store), state_id=state_id)
+    ) as job:
+        if names == "w":
+            job.ranks[0].registry.register(
+                "numbers", path=Path(settings.store or "").parent / "data", format="jsonl", shard_size=25, shuffle=True
+            )
+        managers = [CheckpointManager(str(settings.store), session=rank.session) for rank in job.ranks]
+        if names == "w":
+            job.each(lambda rank: managers[rank.session.run.rank].restore(fresh=True))
+        yield job, managers
+        for manager in managers:
+            manager.close(0.5)
+
+
+def safetensors_metadata(store: Path) -> list[dict[str, str]]:
+    """The metadata of every part in a store, read without dtr."""
+    found = []
+    for path in sorted(store.rglob("part-*.safetensors")):
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        found.append(json.loads(content[8 : 8 + size])["__metadata__"])
+    return found

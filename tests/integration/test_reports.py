@@ -1,0 +1,104 @@
+"""Reports that nobody waits for: they arrive in order, whatever the connection does, and cost their sender nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dtr.datasets.ledger import KEEP_MS
+from dtr.datasets.reports import Reports
+from dtr.state.job import JobState
+from tests.lua.test_ledger_scripts import fields, opened
+from tests.proxy import Proxy
+from tests.servers import RedisServer
+from tests.waiting import eventually
+
+
+class Teller:
+    """Reports of one rank through a proxy: each says how many samples it has consumed."""
+
+    def __init__(self, server: RedisServer, job: str) -> None:
+        self.proxy = Proxy(server.port)
+        self.state = JobState(server.url, job)
+        (self.who,), self.run = opened(self.state, "a")
+        self.reports = Reports(f"redis://127.0.0.1:{self.proxy.port}/0", "test")
+
+    def tell(self, number: int) -> None:
+        keys = self.state.keys.ledger("numbers", 0, self.run.id)
+        args: list[Any] = [
+            f"{self.who.state_id} {self.run.id}",
+            "a",
+            0,
+            self.who.incarnation,
+            1,
+            number,
+            number,
+            number,
+            "7:0-1",
+            number - 2,
+        ]
+        self.reports.send("ledger_report", [self.state.keys.roster, keys.ledger, keys.done], [*args, KEEP_MS])
+
+    def told(self) -> set[str]:
+        return {field for field in fields(self.state, self.run) if field.startswith("out/")}
+
+    def close(self) -> None:
+        self.reports.close()
+        self.state.close()
+        self.proxy.close()
+
+
+@pytest.fixture
+def teller(valkey: RedisServer, job: str) -> Iterator[Teller]:
+    made = Teller(valkey, job)
+    yield made
+    made.close()
+
+
+def test_reports_arrive_without_a_wait(teller: Teller) -> None:
+    """Given a connection, when many are sent, then the last two stand, as each says which older one is part of the sums."""
+    teller.reports.connect()
+    for number in range(500):
+        teller.tell(number)
+    assert teller.reports.flush(20)
+    assert teller.told() == {"out/0/498", "out/0/499"}
+    assert teller.reports.refused == ""
+
+
+def test_what_was_sent_before_a_connection_or_without_an_answer_is_sent_again(teller: Teller) -> None:
+    """Given reports before the first connection, and a connection that breaks, when there is another, then all have arrived."""
+    teller.tell(0)
+    teller.reports.connect()
+    assert teller.reports.flush(20)
+    teller.proxy.set_mode("blackhole")
+    for number in (1, 2, 3):
+        teller.tell(number)
+    teller.reports.close()
+    teller.proxy.set_mode("pass")
+    assert teller.reports.flush(20)
+    assert teller.told() == {"out/0/2", "out/0/3"}
+
+
+def test_a_server_that_does_not_answer_costs_the_sender_nothing(teller: Teller) -> None:
+    """Given a path that swallows everything, when a thousand reports are sent, then that takes no longer than writing them down."""
+    teller.reports.connect()
+    teller.tell(0)
+    assert teller.reports.flush(20)
+    teller.proxy.set_mode("blackhole")
+    started = time.monotonic()
+    for number in range(1, 1000):
+        teller.tell(number)
+    assert time.monotonic() - started < 10  # not one timeout of 2 s for each
+
+
+def test_a_server_that_forgot_the_script_is_taught_it_again(teller: Teller) -> None:
+    """Given SCRIPT FLUSH, when reports go on, then they arrive."""
+    teller.reports.connect()
+    teller.tell(0)
+    assert teller.reports.flush(20)
+    teller.state.redis.script_flush()
+    teller.tell(1)
+    eventually(lambda: teller.reports.flush(1) and teller.told() == {"out/0/0", "out/0/1"}, timeout_s=30, what="the report")

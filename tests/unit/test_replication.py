@@ -1,0 +1,246 @@
+"""What all ranks hold alike is split evenly, each row written once, and put together again whatever the parts look like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtr.checkpoint import tensors, tree
+from dtr.checkpoint.fetch import read_state
+from dtr.checkpoint.paths import Patterns
+from dtr.checkpoint.replication import REPLICATED, Shares, split
+from dtr.checkpoint.scattered import headers_of, locate
+from dtr.checkpoint.tensors import Tensor
+from dtr.errors import IntegrityError, InvalidInput, WorldSizeMismatch
+from tests.chunked import file_of
+
+
+class Memory:
+    """A part in memory, as a Source; counts what is read of it."""
+
+    def __init__(self, name: str, content: bytearray) -> None:
+        self.name, self.where, self.content = name, "slot", content
+        self.state_bytes = self.piece_bytes = len(content)
+        self.read_bytes = 0
+
+    def check(self) -> None:
+        pass
+
+    def read_into(self, buffer: Any, offset: int = 0) -> None:
+        view = memoryview(buffer).cast("B")
+        view[:] = self.content[offset : offset + len(view)]
+        self.read_bytes += len(view)
+
+    def close(self) -> None:
+        pass
+
+
+def shares(patterns: Any, world_size: int, rank: int) -> Shares:
+    return Shares(patterns=Patterns.of(patterns, "replicated"), world_size=world_size, rank=rank)
+
+
+def part(state: Any, patterns: Any, world_size: int, rank: int) -> Memory:
+    """The part of one rank, as it would be staged."""
+    return Memory(f"part {rank}", file_of(state, {}, shares(patterns, world_size, rank))[0])
+
+
+def parts(states: list[Any], patterns: Any) -> dict[int, Memory]:
+    return {rank: part(state, patterns, len(states), rank) for rank, state in enumerate(states)}
+
+
+def of_rank(rank: int) -> dict[str, Any]:
+    """A state whose model and optimizer are common, and whose loader is the rank's own."""
+    chooser = np.random.default_rng(7)
+    return {
+        "model": {"w": chooser.random((37, 5), dtype=np.float32), "b": np.array(3.5), "empty": np.zeros((0, 4))},
+        "optimizer": [chooser.random(1001), {"step": 12, "m": chooser.random((1, 64, 3)).astype(np.float16)}],
+        "loader": {"rank": rank, "seen": np.arange(rank * 10)},
+    }
+
+
+def check_equal(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            check_equal(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            check_equal(one, other)
+    elif isinstance(expected, np.ndarray):
+        assert (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+    else:
+        assert found == expected
+
+
+SHAPES = st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple)
+STATES = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(SHAPES, st.sampled_from(["u1", "f4", "f8", "c16"])), max_size=12)
+
+
+class TestSplit:
+    @settings(max_examples=300, deadline=None)
+    @given(STATES, st.integers(1, 9))
+    def test_every_row_is_written_once(self, described: Mapping[str, Any], world_size: int) -> None:
+        """All shares together are each tensor, whole, whatever the shapes."""
+        found = {name: Tensor.of(np.zeros(shape, dtype)) for name, (shape, dtype) in described.items()}
+        rows: dict[str, list[tuple[int, int, int]]] = {}
+        for rank in range(world_size):
+            for share in split(found, world_size, rank):
+                rows.setdefault(share.name, []).append((share.start, share.end, share.of))
+        assert set(rows) == set(found)
+        for held in rows.values():
+            assert [start for start, _, _ in held] == [0, *(end for _, end, _ in held[:-1])]
+            assert held[-1][1] == held[-1][2]
+
+    @pytest.mark.parametrize("world_size", [2, 3, 4, 7, 64])
+    def test_shares_are_even(self, world_size: int) -> None:
+        """A few large tensors and many small ones: the largest share is within a few per cent of the smallest."""
+        chooser = np.random.default_rng(1)
+        sizes = [4_000_000, 1_000_000, 1_000_000, *chooser.integers(1, 20_000, 300).tolist()]
+        found = {f"t{n}": Tensor.of(np.zeros((size // 16 + 1, 4), np.float32)) for n, size in enumerate(sizes)}
+        held = [
+            sum((share.end - share.start) * found[share.name].array.nbytes // share.of for share in split(found, world_size, rank))
+            for rank in range(world_size)
+        ]
+        assert max(held) <= 1.02 * min(held)
+
+    def test_no_more_cuts_than_needed(self) -> None:
+        """Equal tensors, one for each rank, stay whole."""
+        found = {f"t{n}": Tensor.of(np.zeros((100, 4))) for n in range(4)}
+        assert [share.is_whole for rank in range(4) for share in split(found, 4, rank)] == [True] * 4
+
+    def test_does_not_depend_on_the_order(self) -> None:
+        """Ranks may hold their dicts in different orders."""
+        names = [f"t{n}" for n in range(20)]
+        found = {name: Tensor.of(np.zeros((n + 1, 3))) for n, name in enumerate(names)}
+        other = {name: found[name] for name in reversed(names)}
+        assert [split(found, 3, rank) for rank in range(3)] == [split(other, 3, rank) for rank in range(3)]
+
+
+class TestParts:
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+    def test_each_rank_gets_its_state(self, world_size: int) -> None:
+        """Common and own values alike, bit by bit, in the types they had."""
+        found = parts([of_rank(rank) for rank in range(world_size)], ["model", "optimizer/*"])
+        for rank in range(world_size):
+            check_equal(read_state(found, rank=rank, world_size=world_size), of_rank(rank))
+
+    def test_common_bytes_are_stored_once(self) -> None:
+        """The parts of four ranks together have hardly more than one state."""
+        states = [{"optimizer": {"m": np.zeros(1_000_000, np.uint8), "v": np.zeros(500_000, np.uint8)}} for _ in range(4)]
+        sizes = [len(one.content) for one in parts(states, "optimizer").values()]
+        assert sum(sizes) < 1_505_000
+        assert max(sizes) < 1.03 * min(sizes)
+
+    def test_a_person_can_read_which_rows_are_where(self) -> None:
+        """A cut tensor's rows are named by what they are, in the file and in its metadata."""
+        found = parts([{"m": np.arange(20.0).reshape(10, 2)}] * 2, "m")
+        header = tensors.read_header(found[1].content, len(found[1].content))
+        assert [place.name for place in header.places] == ["m[5:10]"]
+        about = orjson.loads(header.metadata[REPLICATED])
+        assert about["rows"] == {"m[5:10]": {"of": "m", "rows": [5, 10], "shape": [10, 2]}}
+        assert (about["rank"], about["world_size"], about["patterns"]) == (1, 2, ["m"])
+
+    def test_a_name_that_looks_like_rows(self) -> None:
+        """A tensor of the user's that is called as rows would be is no rows."""
+        state = {"m": np.arange(10.0), "m[5:10]": np.ones(3), "m[0:5]": np.zeros(2)}
+        found = parts([state] * 2, "m")
+        for rank in range(2):
+            check_equal(read_state(found, rank=rank, world_size=2), state)
+
+    @pytest.mark.parametrize("world_size", [1, 2, 6])
+    def test_another_number_of_ranks(self, world_size: int) -> None:
+        """What all of is common fits any world size."""
+        state = {"model": of_rank(0)["model"], "optimizer": of_rank(0)["optimizer"]}
+        found = parts([state] * 3, ["model/*", "optimizer/*"])
+        for rank in range(world_size):
+            check_equal(read_state(found, rank=rank, world_size=world_size), state)
+
+    def test_what_does_not_fit_is_said(self) -> None:
+        """Another number of ranks: the error names what belongs to single ranks, and what to ask for; and that then works."""
+        found = parts([of_rank(rank) for rank in range(3)], ["model/*", "optimizer/*"])
+        with pytest.raises(
+            WorldSizeMismatch, match=r"saved by 3 ranks.*here are 2.*loader/rank, loader/seen.*world_size=3.*only="
+        ) as error:
+            read_state(found, rank=0, world_size=2)
+        assert error.value.unfit == ["loader/rank", "loader/seen"]
+        only = Patterns.of(list(error.value.fits), "only")
+        check_equal(read_state(found, rank=0, world_size=2, only=only), {k: of_rank(0)[k] for k in ("model", "optimizer")})
+        with pytest.raises(WorldSizeMismatch, match="loader/seen"):
+            read_state(found, rank=0, world_size=2, only=Patterns.of("loader/seen", "only"))
+
+    def test_only_what_is_wanted_is_read(self) -> None:
+        """One common tensor of a large state costs its bytes and the headers."""
+        state = {"a": np.zeros(1_000_000, np.uint8), "b": np.arange(1000.0)}
+        found = parts([state] * 2, ["a", "b"])
+        headers = headers_of(found)
+        before = sum(one.read_bytes for one in found.values())
+        whole = locate(headers, 0)
+        assert sum(extent.end - extent.start for extent in whole.tensors["b"].extents) == 8000
+        read_state(found, rank=0, world_size=2, only=Patterns.of("b", "only"))
+        assert sum(one.read_bytes for one in found.values()) - before == 8000 + before
+
+
+class TestWrong:
+    def test_nothing_is_selected(self) -> None:
+        """A misspelt pattern is an error that says what there is, even beside one that is right."""
+        with pytest.raises(InvalidInput, match=r"replicated selects nothing: optimiser/\* .* loader, model, optimizer"):
+            part(of_rank(0), ["model/*", "optimiser/*"], 2, 0)
+
+    @pytest.mark.parametrize("given", ["", [], [""], [7], 7, {"a": 1}])
+    def test_no_pattern(self, given: Any) -> None:
+        """Anything that is no pattern names the argument."""
+        with pytest.raises(InvalidInput, match="replicated"):
+            shares(given, 2, 0)
+
+    def test_ranks_that_differ(self) -> None:
+        """Ranks whose common tensors have other shapes make other digests, and no reader puts their parts together."""
+        digests = [file_of({"m": np.zeros(n)}, {}, shares("m", 2, 0))[1] for n in (10, 10, 11)]
+        assert digests[0] == digests[1] != digests[2]
+        found = {0: part({"m": np.zeros(10)}, "m", 2, 0), 1: part({"m": np.zeros(11)}, "m", 2, 1)}
+        with pytest.raises(IntegrityError, match="disagree"):
+            read_state(found, rank=0, world_size=2)
+
+    def test_parts_that_do_not_belong_together(self) -> None:
+        """The same rank's part twice, or one of another world size."""
+        state = {"m": np.zeros(100)}
+        first = part(state, "m", 2, 0)
+        for other in (first, part(state, "m", 3, 1)):
+            with pytest.raises(IntegrityError, match="rank 1"):
+                read_state({0: first, 1: other}, rank=0, world_size=2)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"rows": {}},
+            {"rows": 7},
+            {"rows": {"m[0:5]": {"of": "m", "rows": [0, 4], "shape": [10]}}},
+            {"rank": 1},
+            {"world_size": 3},
+            {"rows": {"m[0:5]": {"of": "m", "rows": [1, 6], "shape": [10]}}},
+            {"rows": {"m[0:5]": {"of": "m", "rows": [0, 5], "shape": [11]}}},
+            {"rows": {"m[0:5]": {"of": "m", "rows": [0, 5], "shape": [10, 2]}}},
+            {"rows": {"m[0:5]": {"of": "m", "rows": [5, 0], "shape": [10]}}},
+            {"patterns": ["x"]},
+            {"patterns": []},
+            {"patterns": [7]},
+            {"structure": "x"},
+        ],
+    )
+    def test_metadata_that_somebody_forged(self, change: dict[str, Any]) -> None:
+        """Rows that are missing, double or of another tensor are an IntegrityError, never a wrong state."""
+        leaves = {"m[0:5]": Tensor.of(np.zeros(5))}
+        genuine = tensors.read_header(part({"m": np.zeros(10)}, "m", 2, 0).content, len(part({"m": np.zeros(10)}, "m", 2, 0).content))
+        about = {**orjson.loads(genuine.metadata[REPLICATED]), **change}
+        metadata = {"dtr_tree": tree.encode({"dict": {"m": {"array": "m"}}}), REPLICATED: orjson.dumps(about).decode()}
+        layout = tensors.arrange(leaves).layout(metadata)
+        content = bytearray(layout.size_bytes)
+        layout.copy_into(content, leaves)
+        with pytest.raises(IntegrityError):
+            read_state({0: Memory("forged", content), 1: part({"m": np.zeros(10)}, "m", 2, 1)}, rank=0, world_size=2)
