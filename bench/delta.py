@@ -23,7 +23,7 @@ import numpy as np
 from bench import server, uploaders
 from bench.delta_models import MIB, MODELS
 from bench.report import Report, parser
-from dtr.checkpoint.chunks import digest_of
+from dtr.checkpoint.delta.chunks import digest_of
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.config import Settings
 from dtr.state.job import JobState

@@ -25,13 +25,13 @@ import numpy as np
 
 from bench import server
 from bench.report import Report, parser
-from dtr.checkpoint.fetch import new_memory
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.manifest import PartFacts
-from dtr.checkpoint.nearby import THREADS as MEMORY_THREADS
-from dtr.checkpoint.source import OBJECT_THREADS
+from dtr.checkpoint.restoring.fetch import new_memory
+from dtr.checkpoint.restoring.nearby import THREADS as MEMORY_THREADS
+from dtr.checkpoint.restoring.source import OBJECT_THREADS
 from dtr.checkpoint.survey import read_manifest
-from dtr.checkpoint.upload import Uploader
+from dtr.checkpoint.uploading.upload import Uploader
 from dtr.config import Settings
 from dtr.host import host_id
 from dtr.store import open_store

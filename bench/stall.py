@@ -22,8 +22,8 @@ import numpy as np
 
 from bench import server, stall_loop, stall_peers, uploaders
 from bench.report import Report, parser
-from dtr.checkpoint.filling import COPY_THREADS
 from dtr.checkpoint.manager import CheckpointManager
+from dtr.checkpoint.staging.filling import COPY_THREADS
 
 __all__ = ["main"]
 

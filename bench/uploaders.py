@@ -102,7 +102,7 @@ def worker(url: str, folder: Path, **environment: str) -> Iterator[Worker]:
 
 def settled(staging: Path, *, timeout_s: float = 60.0) -> None:
     """Wait until no slot holds a save any more, so that what follows is measured alone."""
-    from dtr.checkpoint.slots import scan
+    from dtr.checkpoint.staging.slots import scan
 
     deadline = time.monotonic() + timeout_s
     while any(found.kind == "STAGED" for found in scan(str(staging))):

@@ -19,7 +19,7 @@ from celery.worker import state
 from redis.exceptions import RedisError
 
 from dtr import publish
-from dtr.checkpoint.reconcile import Look, Reconciler, Wake
+from dtr.checkpoint.uploading.reconcile import Look, Reconciler, Wake
 from dtr.config import Settings
 from dtr.errors import Unavailable
 from dtr.host import host_id, keep_host_id

@@ -1,4 +1,4 @@
-"""The three tasks. Thin: a message is parsed, the work is in ``dtr.checkpoint.upload``, and the answer is a word for Flower."""
+"""The three tasks. Thin: a message is parsed, the work is in ``dtr.checkpoint.uploading.upload``, and the answer is a word for Flower."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from dtr.checkpoint.upload import Limits, Uploader
+from dtr.checkpoint.uploading.upload import Limits, Uploader
 from dtr.errors import DtrError, InvalidInput, Unavailable
 from dtr.host import host_id
 from dtr.publish import COLLECT, SETTLE, UPLOAD_PART

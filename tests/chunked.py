@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from dtr.checkpoint import parts
-from dtr.checkpoint.chunk_collection import CONDEMNED
-from dtr.checkpoint.chunk_source import ChunkSource, recipe_of
-from dtr.checkpoint.chunks import is_recipe
-from dtr.checkpoint.device import Cuda
-from dtr.checkpoint.fetch import read_state
-from dtr.checkpoint.replication import Shares
-from dtr.checkpoint.slots import SlotRecord
-from dtr.checkpoint.structure import Structures
+from dtr.checkpoint.delta.chunks import is_recipe
+from dtr.checkpoint.delta.collection import CONDEMNED
+from dtr.checkpoint.delta.source import ChunkSource, recipe_of
+from dtr.checkpoint.format.replication import Shares
+from dtr.checkpoint.format.structure import Structures
+from dtr.checkpoint.restoring.fetch import read_state
+from dtr.checkpoint.staging.device import Cuda
+from dtr.checkpoint.staging.slots import SlotRecord
 from tests.staged import PlainLayout
 from tests.uploads import ROOT, Training
 
@@ -110,13 +110,13 @@ class Chunked(Training):
 
 
 PRELUDE = f"""
-import dtr.checkpoint.chunks as chunks, dtr.checkpoint.delta as delta
+import dtr.checkpoint.delta.chunks as chunks, dtr.checkpoint.delta.carrying as delta
 chunks.cut.__kwdefaults__["chunk_bytes"] = {CHUNK_BYTES}
 """
 
 COLLECT = """
 import sys
-from dtr.checkpoint.chunk_collection import collect_chunks
+from dtr.checkpoint.delta.collection import collect_chunks
 from dtr.store import open_store
 print(len(collect_chunks(open_store(sys.argv[1]).child(sys.argv[2])).deleted), flush=True)
 """
@@ -125,7 +125,7 @@ UPLOAD = (
     PRELUDE
     + """
 import sys
-from dtr.checkpoint.upload import Limits, Uploader
+from dtr.checkpoint.uploading.upload import Limits, Uploader
 url, staging, host, job, run, step = sys.argv[1:]
 uploader = Uploader(redis_url=url, staging=staging, host=host, limits=Limits(lease_s=0.6, max_attempts=3))
 print(uploader.upload_part(job, run, int(step), 0), flush=True)

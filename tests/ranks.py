@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dtr.checkpoint.handle import Commit, SaveHandle
+from dtr.checkpoint.keeping.rebuild import rebuild
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.rebuild import rebuild
+from dtr.checkpoint.saving.handle import Commit, SaveHandle
 from dtr.config import Settings
 from dtr.runs import World
 from dtr.session import Session

@@ -21,7 +21,7 @@ from tests.uploads import ROOT, Training
 
 _FORKS = """
 import os, sys, time
-from dtr.checkpoint.upload import Limits, Uploader
+from dtr.checkpoint.uploading.upload import Limits, Uploader
 from dtr.store import copying, open_store, pieces, s3, s3_multipart
 import boto3, awscrt.checksums
 url, staging, host, job, run, piece_bytes, mbps, log = sys.argv[1:]
@@ -110,7 +110,7 @@ def uploaders(training: Training, *, piece_bytes: int, mbps: float = 0.0) -> Ite
 
 def noted(training: Training) -> dict[int, Sent]:
     """The pieces on record."""
-    from dtr.checkpoint.lease import sent_before
+    from dtr.checkpoint.uploading.lease import sent_before
 
     part = (training.run.id, 1, 0)
     nonce = training.state.redis.hget(training.state.keys.transfer(*part), "nonce") or ""

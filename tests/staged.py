@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtr.checkpoint.slots import Found, SlotRecord, scan
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.slots import Found, SlotRecord, scan
 
 INCARNATION = "0123456789ab"
 RUN = "0001-aaaa"
@@ -46,7 +46,7 @@ def staged(staging: str | Path) -> list[Found]:
 
 TRAINER = """
 import sys
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.arena import Arena
 from tests.staged import record, stage
 staging, size, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 arena = Arena(staging, job="job", worker="w0", policy="fail")

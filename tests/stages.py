@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dtr.checkpoint import tensors, tree
-from dtr.checkpoint.announce import Save
-from dtr.checkpoint.handle import SaveHandle
+from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format.payload import TREE
 from dtr.checkpoint.parts import Fence, Spec
-from dtr.checkpoint.payload import TREE
-from dtr.checkpoint.slots import finish, open_for_reading, scan
-from dtr.checkpoint.stage import Stage
+from dtr.checkpoint.saving.announce import Save
+from dtr.checkpoint.saving.handle import SaveHandle
+from dtr.checkpoint.staging.slots import finish, open_for_reading, scan
+from dtr.checkpoint.staging.stage import Stage
 from dtr.config import Settings
 from tests.staged import INCARNATION, RUN
 

@@ -6,8 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from dtr.checkpoint.reconcile import Reconciler
-from dtr.checkpoint.upload import Limits, Uploader
+from dtr.checkpoint.uploading.reconcile import Reconciler
+from dtr.checkpoint.uploading.upload import Limits, Uploader
 from dtr.config import Settings
 from dtr.errors import DtrError, Unavailable
 from dtr.host import host_id

@@ -14,11 +14,11 @@ from typing import Any
 from dtr.checkpoint import checksum, parts
 from dtr.checkpoint.manifest import Manifest
 from dtr.checkpoint.parts import CheckpointView
-from dtr.checkpoint.reconcile import Reconciler, Wake
-from dtr.checkpoint.slots import Found, SlotRecord, scan
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.slots import Found, SlotRecord, scan
 from dtr.checkpoint.survey import manifest_key, read_manifest
-from dtr.checkpoint.upload import Limits, Uploader
+from dtr.checkpoint.uploading.reconcile import Reconciler, Wake
+from dtr.checkpoint.uploading.upload import Limits, Uploader
 from dtr.host import host_id
 from dtr.membership import Identity, depart, join, new_incarnation, open_state
 from dtr.runs import Run, new_run_name, read_run
@@ -176,7 +176,7 @@ def verified(training: Training, step: int = 1) -> None:
 
 UPLOAD = """
 import sys
-from dtr.checkpoint.upload import Limits, Uploader
+from dtr.checkpoint.uploading.upload import Limits, Uploader
 url, staging, host, job, run, step, rank = sys.argv[1:]
 uploader = Uploader(redis_url=url, staging=staging, host=host, limits=Limits(lease_s=0.6, max_attempts=3))
 print(uploader.settle(job, run, int(step)) if rank == "settle" else uploader.upload_part(job, run, int(step), int(rank)), flush=True)

@@ -21,10 +21,10 @@ from dtr.runs import World
 from dtr.session import Session
 
 if TYPE_CHECKING:
-    from dtr.checkpoint.handle import SaveHandle
     from dtr.checkpoint.manager import CheckpointManager
-    from dtr.checkpoint.progress import SaveProgress
-    from dtr.checkpoint.restore import Restored
+    from dtr.checkpoint.restoring.restore import Restored
+    from dtr.checkpoint.saving.handle import SaveHandle
+    from dtr.checkpoint.saving.progress import SaveProgress
     from dtr.datasets.loader import Loader
     from dtr.datasets.plane import DataPlane
     from dtr.datasets.registry import DatasetRegistry
@@ -374,7 +374,7 @@ class Agent:
         return [*past, (self.run, self._step)]
 
     def _rebuild(self, state_id: str) -> int:
-        from dtr.checkpoint.rebuild import rebuild
+        from dtr.checkpoint.keeping.rebuild import rebuild
 
         return rebuild(self._session.state, str(self.settings.store), state_id=state_id)
 

@@ -15,10 +15,10 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from dtr.checkpoint.candidates import name_of, newest_commit
+from dtr.checkpoint.keeping.rebuild import rebuild_missing
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain
 from dtr.checkpoint.manifest import RunRecord
-from dtr.checkpoint.rebuild import rebuild_missing
+from dtr.checkpoint.restoring.candidates import name_of, newest_commit
 from dtr.checkpoint.survey import indexed, lineage_in_index, lineage_of, links_of, read_record, record_key, records, survey
 from dtr.errors import (
     AlreadyExists,

@@ -15,17 +15,17 @@ from typing import Any, Final, Self
 
 from dtr import names
 from dtr.checkpoint import base
-from dtr.checkpoint.candidates import Wish
-from dtr.checkpoint.catalogue import Listed, Verified, catalogue, verify_parts
-from dtr.checkpoint.first_save import FirstSave
-from dtr.checkpoint.handle import SaveHandle
+from dtr.checkpoint.format.paths import Patterns
+from dtr.checkpoint.keeping.catalogue import Listed, Verified, catalogue, verify_parts
+from dtr.checkpoint.keeping.rebuild import rebuild
 from dtr.checkpoint.lineage import Lineage
-from dtr.checkpoint.metrics import checked
-from dtr.checkpoint.paths import Patterns
-from dtr.checkpoint.progress import SaveProgress
-from dtr.checkpoint.rebuild import rebuild
-from dtr.checkpoint.restore import Reader, Restored, read_newest, restore_run
-from dtr.checkpoint.saving import Asked, Saves
+from dtr.checkpoint.restoring.candidates import Wish
+from dtr.checkpoint.restoring.restore import Reader, Restored, read_newest, restore_run
+from dtr.checkpoint.saving.first_save import FirstSave
+from dtr.checkpoint.saving.handle import SaveHandle
+from dtr.checkpoint.saving.metrics import checked
+from dtr.checkpoint.saving.progress import SaveProgress
+from dtr.checkpoint.saving.saves import Asked, Saves
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
 from dtr.config import LauncherEnvironment, Settings
 from dtr.datasets.plane import plane_of

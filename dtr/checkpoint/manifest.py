@@ -13,8 +13,8 @@ from typing import Any, Final, Literal, Self
 
 from dtr import names
 from dtr.checkpoint import checksum, records
-from dtr.checkpoint import metrics as metric_values
-from dtr.checkpoint.metrics import Metrics
+from dtr.checkpoint.saving import metrics as metric_values
+from dtr.checkpoint.saving.metrics import Metrics
 from dtr.errors import InvalidInput, ManifestInvalid
 from dtr.store.base import check_key
 

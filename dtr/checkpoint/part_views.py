@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
-from dtr.checkpoint import metrics as metric_values
 from dtr.checkpoint.manifest import Replicated
-from dtr.checkpoint.metrics import Metrics
+from dtr.checkpoint.saving import metrics as metric_values
+from dtr.checkpoint.saving.metrics import Metrics
 from dtr.errors import StateCorrupt
 from dtr.state.client import translate
 from dtr.state.job import JobState

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dtr.checkpoint import metrics as metric_values
 from dtr.checkpoint.manifest import PartFacts, Replicated
-from dtr.checkpoint.metrics import Metrics
 from dtr.checkpoint.part_views import CheckpointView, PartView, open_checkpoints, read
+from dtr.checkpoint.saving import metrics as metric_values
+from dtr.checkpoint.saving.metrics import Metrics
 from dtr.errors import InvalidInput
 from dtr.state.job import JobState
 

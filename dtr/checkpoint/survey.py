@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of, split_name
 from dtr.checkpoint.manifest import Manifest, RunRecord
-from dtr.checkpoint.metrics import Metrics, decode
+from dtr.checkpoint.saving.metrics import Metrics, decode
 from dtr.errors import CoordinatorUnavailable, IntegrityError, ManifestInvalid, NotFound, StateCorrupt
 from dtr.state.client import translate
 from dtr.state.job import JobState

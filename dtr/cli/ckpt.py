@@ -7,7 +7,7 @@ from typing import Final
 
 import rich_click as click
 
-from dtr.checkpoint.candidates import name_of
+from dtr.checkpoint.restoring.candidates import name_of
 from dtr.cli.ckpt_diff import diff
 from dtr.cli.ckpt_export import export, import_
 from dtr.cli.ckpt_gc import gc, pin, rm, unpin

@@ -7,7 +7,7 @@ from typing import Final
 
 import rich_click as click
 
-from dtr.checkpoint.diff import TensorDiff
+from dtr.checkpoint.keeping.diff import TensorDiff
 from dtr.cli.ckpt_options import open_sources, store_option, usage
 from dtr.cli.options import reading_options, target
 from dtr.cli.screen import Screen, show

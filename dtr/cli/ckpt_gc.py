@@ -7,7 +7,7 @@ from typing import Any, Final
 import rich_click as click
 
 from dtr import names
-from dtr.checkpoint.retention import Policy
+from dtr.checkpoint.keeping.retention import Policy
 from dtr.cli.ckpt_options import open_sources, store_option, usage
 from dtr.cli.options import reading_options, target
 from dtr.cli.screen import Screen, show

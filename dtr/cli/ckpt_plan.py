@@ -8,9 +8,9 @@ from typing import Final
 import rich_click as click
 
 from dtr import names
-from dtr.checkpoint.candidates import Wish, name_of
-from dtr.checkpoint.plan import Plan, Planned, plan, world_size_of
-from dtr.checkpoint.restore import Reader
+from dtr.checkpoint.restoring.candidates import Wish, name_of
+from dtr.checkpoint.restoring.plan import Plan, Planned, plan, world_size_of
+from dtr.checkpoint.restoring.restore import Reader
 from dtr.cli.ckpt_options import open_sources, store_option, usage
 from dtr.cli.options import reading_options, target
 from dtr.cli.screen import Screen, show

@@ -13,8 +13,8 @@ from typing import Final
 import rich_click as click
 
 from dtr import names
-from dtr.checkpoint.candidates import name_of
-from dtr.checkpoint.progress import PartProgress, SaveProgress
+from dtr.checkpoint.restoring.candidates import name_of
+from dtr.checkpoint.saving.progress import PartProgress, SaveProgress
 from dtr.cli.ckpt_options import usage
 from dtr.cli.options import job_state, reading_options, target
 from dtr.cli.screen import Screen, document

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
-from dtr.checkpoint.rebuild import rebuild as fill
+from dtr.checkpoint.keeping.rebuild import rebuild as fill
 from dtr.cli.ckpt import show_list
 from dtr.cli.options import reading_options, server_state, target
 from dtr.cli.screen import show

@@ -8,7 +8,7 @@ from typing import Final, cast
 
 from dtr.checkpoint.lineage import split_name
 from dtr.checkpoint.manifest import Replicated
-from dtr.checkpoint.metrics import Metrics, decode
+from dtr.checkpoint.saving.metrics import Metrics, decode
 from dtr.errors import StateCorrupt
 from dtr.state.job import JobState
 from dtr.views.reading import Fields, reading, whole

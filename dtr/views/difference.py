@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtr.checkpoint import opened
-from dtr.checkpoint.diff import TensorDiff, ValueDiff, diff
-from dtr.checkpoint.exported import ABOUT
-from dtr.checkpoint.opened import Opened
+from dtr.checkpoint.keeping.diff import TensorDiff, ValueDiff, diff
+from dtr.checkpoint.keeping.exported import ABOUT
+from dtr.checkpoint.restoring import opened
+from dtr.checkpoint.restoring.opened import Opened
 from dtr.checkpoint.survey import read_manifest
 from dtr.errors import InvalidInput, NoCheckpoint, NotFound
 from dtr.views import stored

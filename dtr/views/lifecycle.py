@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dtr.checkpoint import collect as collector
-from dtr.checkpoint import orphans as sweeper
-from dtr.checkpoint import pins
-from dtr.checkpoint.collect import Scene
+from dtr.checkpoint.keeping import collect as collector
+from dtr.checkpoint.keeping import orphans as sweeper
+from dtr.checkpoint.keeping import pins
+from dtr.checkpoint.keeping.collect import Scene
+from dtr.checkpoint.keeping.orphans import Orphan
+from dtr.checkpoint.keeping.retention import Policy
 from dtr.checkpoint.lineage import Checkpoint
-from dtr.checkpoint.orphans import Orphan
-from dtr.checkpoint.retention import Policy
 from dtr.errors import CheckpointError, CoordinatorUnavailable, InvalidInput
 from dtr.state.job import JobState
 from dtr.store import Store

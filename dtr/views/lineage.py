@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dtr.checkpoint.candidates import name_of
 from dtr.checkpoint.lineage import Checkpoint, Lineage
+from dtr.checkpoint.restoring.candidates import name_of
 from dtr.checkpoint.survey import lineage_in_index, lineage_of, records, survey
 from dtr.errors import StateCorrupt
 from dtr.runs import run_number

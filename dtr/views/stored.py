@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dtr import names
-from dtr.checkpoint.candidates import name_of
-from dtr.checkpoint.catalogue import Listed, catalogue, verify_parts
+from dtr.checkpoint.keeping.catalogue import Listed, catalogue, verify_parts
 from dtr.checkpoint.lineage import Lineage
 from dtr.checkpoint.manifest import Manifest, Replicated
-from dtr.checkpoint.metrics import Metrics
+from dtr.checkpoint.restoring.candidates import name_of
+from dtr.checkpoint.saving.metrics import Metrics
 from dtr.checkpoint.survey import Holdings, known_runs, lineage_of, read_manifest, survey
 from dtr.errors import CoordinatorUnavailable, IntegrityError, InvalidInput, NoCheckpoint, NotFound
 from dtr.runs import run_number

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtr.checkpoint import export as exporter
-from dtr.checkpoint.candidates import name_of
-from dtr.checkpoint.rebuild import rebuild
+from dtr.checkpoint.keeping import export as exporter
+from dtr.checkpoint.keeping.rebuild import rebuild
+from dtr.checkpoint.restoring.candidates import name_of
 from dtr.checkpoint.survey import read_manifest
 from dtr.config import Settings
 from dtr.errors import ConfigError, CoordinatorUnavailable, InvalidInput, NoCheckpoint, NotFound, StateLost
@@ -40,7 +40,7 @@ def target(sources: Sources, word: str) -> tuple[str, int]:
 
 
 def export(sources: Sources, run: str, step: int, folder: Path) -> TransferView:
-    """Write a commit into a folder; see ``dtr.checkpoint.export``."""
+    """Write a commit into a folder; see ``dtr.checkpoint.keeping.export``."""
     if sources.store is None:
         raise InvalidInput("store must be known to export from it: give --store, or set DTR_STORE", field="store")
     try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from dtr.checkpoint.candidates import name_of
 from dtr.checkpoint.parts import FINAL_STATES
-from dtr.checkpoint.progress import Meter, SaveProgress, Sight, answered, ask, measure
+from dtr.checkpoint.restoring.candidates import name_of
+from dtr.checkpoint.saving.progress import Meter, SaveProgress, Sight, answered, ask, measure
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import CoordinatorRefused, CoordinatorUnavailable, NoCheckpoint
 from dtr.state.job import JobState

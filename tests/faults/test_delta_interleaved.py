@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import chunk_collection, delta, records
-from dtr.checkpoint import chunks as chunk_format
-from dtr.checkpoint.chunk_collection import CONDEMNED, collect_chunks
-from dtr.checkpoint.chunk_source import ChunkSource, recipe_of
-from dtr.checkpoint.chunks import is_recipe
+from dtr.checkpoint import records
+from dtr.checkpoint.delta import carrying as delta
+from dtr.checkpoint.delta import chunks as chunk_format
+from dtr.checkpoint.delta import collection as chunk_collection
+from dtr.checkpoint.delta.chunks import is_recipe
+from dtr.checkpoint.delta.collection import CONDEMNED, collect_chunks
+from dtr.checkpoint.delta.source import ChunkSource, recipe_of
 from dtr.checkpoint.manifest import Manifest, PartFacts
-from dtr.checkpoint.slots import Reading
+from dtr.checkpoint.staging.slots import Reading
 from dtr.checkpoint.survey import manifest_key, read_manifest
 from dtr.errors import ManifestInvalid
 from dtr.store import open_store

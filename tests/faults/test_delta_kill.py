@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dtr.checkpoint import chunks as chunk_format
 from dtr.checkpoint import parts
-from dtr.checkpoint.catalogue import verify_parts
-from dtr.checkpoint.chunk_collection import collect_chunks
+from dtr.checkpoint.delta import chunks as chunk_format
+from dtr.checkpoint.delta.collection import collect_chunks
+from dtr.checkpoint.keeping.catalogue import verify_parts
 from dtr.errors import ManifestInvalid
 from tests.chunked import CHUNK_BYTES, Chunked, collecting, folder_of, same, uploading, weights
 from tests.servers import RedisServer

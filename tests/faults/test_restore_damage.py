@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from dtr.checkpoint import records, restore
+from dtr.checkpoint import records
+from dtr.checkpoint.keeping.rebuild import rebuild
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.manifest import Manifest
-from dtr.checkpoint.rebuild import rebuild
+from dtr.checkpoint.restoring import restore
 from dtr.checkpoint.survey import survey
 from dtr.config import Settings
 from dtr.errors import IntegrityError, RestoreFailed, StoreUnavailable, UnsavedLineage

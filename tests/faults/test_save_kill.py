@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.reclaim import reclaim
-from dtr.checkpoint.slots import scan
+from dtr.checkpoint.staging.reclaim import reclaim
+from dtr.checkpoint.staging.slots import scan
 from dtr.config import Settings
 from dtr.errors import CheckpointAborted, CoordinatorUnavailable
 from tests.proxy import Proxy

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dtr.checkpoint.reclaim import reclaim
-from dtr.checkpoint.slots import finish, open_for_reading, roots, scan
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.reclaim import reclaim
+from dtr.checkpoint.staging.slots import finish, open_for_reading, roots, scan
 from dtr.errors import NoFreeSlot, StagingFull
 from tests.staged import finished, record, stage, staged, trainer
 from tests.waiting import eventually
@@ -92,7 +92,7 @@ def stopped(pid: int) -> bool:
 
 READER = """
 import sys
-from dtr.checkpoint.slots import open_for_reading
+from dtr.checkpoint.staging.slots import open_for_reading
 from tests.staged import staged
 with open_for_reading(staged(sys.argv[1])[0]) as reading:
     print("reading", flush=True)
@@ -174,8 +174,8 @@ def test_a_full_folder_fails_the_save_with_the_numbers(small_memory: Path) -> No
 
 FILLS = """
 import os, sys
-from dtr.checkpoint.slots import finish, open_for_reading, scan
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.slots import finish, open_for_reading, scan
+from dtr.checkpoint.staging.arena import Arena
 from dtr.errors import StagingFull
 from tests.staged import record, stage, staged
 staging = sys.argv[1]

@@ -12,8 +12,8 @@ import pytest
 HEAD = """
 import os, resource, sys, threading
 import numpy as np
-from dtr.checkpoint.slots import finish, scan
-from dtr.checkpoint.stage import Stage
+from dtr.checkpoint.staging.slots import finish, scan
+from dtr.checkpoint.staging.stage import Stage
 from dtr.errors import CheckpointError, StagingFull
 from tests.stages import kinds, put, settings, take
 here = settings(sys.argv[1])

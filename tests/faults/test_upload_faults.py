@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from dtr.checkpoint import parts
-from dtr.checkpoint.slots import scan
-from dtr.checkpoint.staging import Arena
-from dtr.checkpoint.upload import Limits
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.slots import scan
+from dtr.checkpoint.uploading.upload import Limits
 from dtr.state.keys import uploader as presence
 from dtr.state.scripts import load
 from dtr.store import open_store

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dtr.checkpoint import parts
-from dtr.checkpoint.slots import finish
+from dtr.checkpoint.staging.slots import finish
 from dtr.errors import NotFound
 from tests.servers import RedisServer
 from tests.uploads import LIMITS, Training, follow, other_uploader, outcome, payload, verified, wait_for_stop

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dtr.checkpoint import checksum
-from dtr.checkpoint.upload import Limits
+from dtr.checkpoint.uploading.upload import Limits
 from dtr.store import open_store, pieces
 from dtr.store.durable import TEMPORARY
 from tests.resuming import Uploaders, killed_again_and_again, noted, uploaders

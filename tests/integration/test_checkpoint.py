@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from dtr import counters
-from dtr.checkpoint.handle import SaveHandle
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.slots import scan
+from dtr.checkpoint.saving.handle import SaveHandle
+from dtr.checkpoint.staging.slots import scan
 from dtr.config import Settings
 from dtr.errors import (
     CheckpointAborted,

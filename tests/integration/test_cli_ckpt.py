@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.upload import Uploader
+from dtr.checkpoint.uploading.upload import Uploader
 from dtr.cli import main
 from dtr.config import Settings
 from dtr.runs import World

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dtr.checkpoint import export as exporter
+from dtr.checkpoint.keeping import export as exporter
 from dtr.cli import main
 from dtr.config import Settings
 from tests.commands import start

@@ -55,7 +55,7 @@ def fail_one(job: Job, step: int) -> None:
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What saves said of earlier ones."""
-    return [record.message for record in caplog.records if record.name == "dtr.checkpoint.failures"]
+    return [record.message for record in caplog.records if record.name == "dtr.checkpoint.saving.failures"]
 
 
 def test_fatal_raises_at_the_next_save_and_tells_the_others(settings: Settings, store: Path, uploads: Uploads) -> None:
@@ -75,7 +75,7 @@ def test_warn_logs_one_line_and_saves(settings: Settings, store: Path, uploads: 
     """The default: training goes on, and the next save commits."""
     with running(settings, store, 2) as job:
         fail_one(job, 1)
-        with caplog.at_level(logging.WARNING, logger="dtr.checkpoint.failures"):
+        with caplog.at_level(logging.WARNING, logger="dtr.checkpoint.saving.failures"):
             for step in (2, 3):
                 job.commit(lambda r: {"w": 0}, step)
         (told,) = said(caplog)
@@ -178,7 +178,7 @@ def test_a_skipped_save_counts_as_failed(settings: Settings, store: Path, caplog
     with CheckpointManager(store, settings=here) as manager:
         handles = [manager.save_async(b"%d" % step, step) for step in range(3)]
         assert handles[2].progress().state == "SKIPPED"
-        with caplog.at_level(logging.WARNING, logger="dtr.checkpoint.failures"):
+        with caplog.at_level(logging.WARNING, logger="dtr.checkpoint.saving.failures"):
             manager.save_async(b"3", 3)
         assert ["step 2 failed (SKIPPED)" in told for told in said(caplog)] == [True]
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import redis
 
-from dtr.checkpoint.slots import finish
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.slots import finish
 from dtr.config import Settings
 from dtr.errors import CoordinatorRefused, CoordinatorUnavailable
 from dtr.state.keys import Keys

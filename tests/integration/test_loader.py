@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import redis
 
+from dtr.checkpoint.keeping.rebuild import rebuild
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.rebuild import rebuild
 from dtr.checkpoint.survey import read_manifest
 from dtr.config import Settings
 from dtr.datasets.cut import cut_at

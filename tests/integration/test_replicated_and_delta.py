@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import chunks as chunk_format
-from dtr.checkpoint.chunk_collection import CONDEMNED
-from dtr.checkpoint.delta_payoff import FIRST_REST, POOR_SAVES
+from dtr.checkpoint.delta import chunks as chunk_format
+from dtr.checkpoint.delta.collection import CONDEMNED
+from dtr.checkpoint.delta.payoff import FIRST_REST, POOR_SAVES
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.survey import read_manifest
 from dtr.config import Settings

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from dtr.checkpoint import restore
-from dtr.checkpoint.attempts import quarantined, tallies
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.slots import scan
+from dtr.checkpoint.restoring import restore
+from dtr.checkpoint.restoring.attempts import quarantined, tallies
+from dtr.checkpoint.staging.slots import scan
 from dtr.cli import main
 from dtr.config import Settings
 from dtr.errors import InvalidInput, RestoreFailed, RosterChanged, StateMismatch, WorldSizeMismatch

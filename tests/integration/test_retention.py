@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from dtr.checkpoint import pins
-from dtr.checkpoint.collect import Collected, collect, remove
+from dtr.checkpoint.keeping import pins
+from dtr.checkpoint.keeping.collect import Collected, collect, remove
+from dtr.checkpoint.keeping.retention import Policy
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.reconcile import Reconciler
-from dtr.checkpoint.retention import Policy
-from dtr.checkpoint.source import PieceSource
+from dtr.checkpoint.restoring.source import PieceSource
 from dtr.checkpoint.survey import read_manifest
-from dtr.checkpoint.upload import Limits, Uploader
+from dtr.checkpoint.uploading.reconcile import Reconciler
+from dtr.checkpoint.uploading.upload import Limits, Uploader
 from dtr.config import Settings
 from dtr.errors import CheckpointProtected, NoCheckpoint, RestoreFailed
 from dtr.state.job import JobState
@@ -116,8 +116,8 @@ def test_readers_keep_their_time(here: Settings, folder: Path, state: JobState) 
 
 COLLECT = """
 import sys
-from dtr.checkpoint.collect import collect
-from dtr.checkpoint.retention import Policy
+from dtr.checkpoint.keeping.collect import collect
+from dtr.checkpoint.keeping.retention import Policy
 from dtr.state.job import JobState
 from dtr.store import open_store
 url, job, folder = sys.argv[1:]

@@ -17,7 +17,7 @@ import pytest
 
 from dtr import counters
 from dtr.checkpoint.manager import CheckpointManager
-from dtr.checkpoint.slots import scan
+from dtr.checkpoint.staging.slots import scan
 from dtr.config import Settings
 from dtr.errors import NoFreeSlot
 from dtr.state.job import JobState

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from dtr import publish
-from dtr.checkpoint.slots import scan
+from dtr.checkpoint.staging.slots import scan
 from dtr.host import host_id
 from dtr.state.keys import upload_queue, uploader
 from tests.proxy import Proxy

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint.progress import SaveProgress
+from dtr.checkpoint.saving.progress import SaveProgress
 from dtr.cli import main
 from dtr.config import Settings
 from dtr.errors import CheckpointAborted, UnsupportedLeaf

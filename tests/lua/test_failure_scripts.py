@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtr.checkpoint.failures import Failed, report
+from dtr.checkpoint.saving.failures import Failed, report
 from dtr.errors import StaleIncarnation
 from dtr.membership import beat, stall
 from dtr.state.job import JobState

@@ -27,7 +27,7 @@ def retire(state: JobState, who: Identity, run: Run, name: str, *, state_id: str
 
 
 def pin(state: JobState, name: str, note: str = "-", *, spare: bool = False) -> str:
-    """Pin, as ``dtr.checkpoint.pins`` does."""
+    """Pin, as ``dtr.checkpoint.keeping.pins`` does."""
     run, _, step = name.rpartition("/")
     return str(state.call("retention_pin", [state.keys.ckpt(run, int(step))], [note, int(spare)]))
 

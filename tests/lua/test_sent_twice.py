@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dtr.checkpoint import failures, lease
+from dtr.checkpoint.saving import failures
+from dtr.checkpoint.uploading import lease
 from dtr.membership import Identity, beat, reap, stall
 from dtr.state.job import JobState
 from dtr.state.scripts import catalogue, load

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dtr.checkpoint import lease, parts
-from dtr.checkpoint.lease import sent_before
+from dtr.checkpoint import parts
+from dtr.checkpoint.uploading import lease
+from dtr.checkpoint.uploading.lease import sent_before
 from dtr.state.job import JobState
 from dtr.store.resume import Sent
 from tests.lua.checkpoints import based, begin, claim, done, lapse, seat, snapshot, spec

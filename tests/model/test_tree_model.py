@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dtr.checkpoint import tensors, tree
-from dtr.checkpoint.device import Cuda
-from dtr.checkpoint.payload import TREE
-from dtr.checkpoint.structure import Structures
+from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.format.structure import Structures
+from dtr.checkpoint.staging.device import Cuda
 
 SCALAR_DTYPES = st.one_of(
     hnp.boolean_dtypes(),

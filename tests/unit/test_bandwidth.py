@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dtr.checkpoint.bandwidth import Bandwidth
+from dtr.checkpoint.uploading.bandwidth import Bandwidth
 
 
 @pytest.fixture

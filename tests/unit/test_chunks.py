@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import checksum, tensors
-from dtr.checkpoint.chunk_source import ChunkSource
-from dtr.checkpoint.chunks import Chunk, Recipe, cut, digest_of
-from dtr.checkpoint.delta import hashed
+from dtr.checkpoint import checksum
+from dtr.checkpoint.delta.carrying import hashed
+from dtr.checkpoint.delta.chunks import Chunk, Recipe, cut, digest_of
+from dtr.checkpoint.delta.source import ChunkSource
+from dtr.checkpoint.format import tensors
 from dtr.checkpoint.manifest import PartFacts
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, ManifestInvalid
 from dtr.store import open_store

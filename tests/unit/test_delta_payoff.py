@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtr.checkpoint.delta_payoff import FIRST_REST, LONGEST_REST, POOR_SAVES, History, advance
+from dtr.checkpoint.delta.payoff import FIRST_REST, LONGEST_REST, POOR_SAVES, History, advance
 
 SIZE = 1000
 

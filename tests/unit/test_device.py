@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import torch_tensors
-from dtr.checkpoint.device import Copy, Cuda
-from dtr.checkpoint.reclaim import reclaim
-from dtr.checkpoint.slots import scan
-from dtr.checkpoint.stage import Stage
+from dtr.checkpoint.format import torch_tensors
+from dtr.checkpoint.staging.device import Copy, Cuda
+from dtr.checkpoint.staging.reclaim import reclaim
+from dtr.checkpoint.staging.slots import scan
+from dtr.checkpoint.staging.stage import Stage
 from dtr.config import Settings
 from dtr.errors import CheckpointError
 from tests.stages import kinds, put, settings, take
@@ -162,8 +162,8 @@ def test_close_waits_for_what_is_on_its_way(devices: FakeDevices, far: set[int],
 
 TRAINER = """
 import sys
-from dtr.checkpoint import torch_tensors
-from dtr.checkpoint.stage import Stage
+from dtr.checkpoint.format import torch_tensors
+from dtr.checkpoint.staging.stage import Stage
 from tests.stages import put, settings
 from tests.unit.test_device import FakeDevices, state_of
 far, devices = set(), FakeDevices()

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dtr.checkpoint import diff
-from dtr.checkpoint.diff import measure
-from dtr.checkpoint.floats import as_float64
+from dtr.checkpoint.format.floats import as_float64
+from dtr.checkpoint.keeping import diff
+from dtr.checkpoint.keeping.diff import measure
 
 
 def apart(a: Any, b: Any, dtype: str) -> diff.Measured:

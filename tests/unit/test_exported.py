@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dtr.checkpoint.exported import Exported, ExportedFile
+from dtr.checkpoint.keeping.exported import Exported, ExportedFile
 from dtr.errors import ManifestInvalid
 
 

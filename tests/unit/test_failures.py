@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from dtr.checkpoint.failures import Failed, Failures, Standing, sentence, verdict
-from dtr.checkpoint.handle import Commit, SaveHandle
+from dtr.checkpoint.saving.failures import Failed, Failures, Standing, sentence, verdict
+from dtr.checkpoint.saving.handle import Commit, SaveHandle
 from dtr.config import Settings
 from dtr.errors import SaveFailed
 

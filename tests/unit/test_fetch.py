@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from dtr.checkpoint import tensors, tree
-from dtr.checkpoint.fetch import read_bytes, read_state
-from dtr.checkpoint.paths import Patterns
-from dtr.checkpoint.payload import TREE
-from dtr.checkpoint.source import PieceSource
+from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format.paths import Patterns
+from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.restoring.fetch import read_bytes, read_state
+from dtr.checkpoint.restoring.source import PieceSource
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, StateMismatch
 from tests.unit.test_source import facts_of, memory_source
 

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr.checkpoint.announce import Save
-from dtr.checkpoint.candidates import parts_of
-from dtr.checkpoint.handle import Commit, SaveHandle
 from dtr.checkpoint.lineage import Lineage, Link, Segment, chain, from_index, head_of, split_name
 from dtr.checkpoint.manifest import Manifest, PartFacts, Replicated
 from dtr.checkpoint.parts import Fence, Spec
-from dtr.checkpoint.progress import Sight
-from dtr.checkpoint.publisher import error_of
+from dtr.checkpoint.restoring.candidates import parts_of
+from dtr.checkpoint.saving.announce import Save
+from dtr.checkpoint.saving.handle import Commit, SaveHandle
+from dtr.checkpoint.saving.progress import Sight
+from dtr.checkpoint.saving.publisher import error_of
 from dtr.errors import CheckpointAbandoned, CheckpointAborted, CheckpointConflict
 
 

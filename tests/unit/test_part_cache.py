@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dtr.checkpoint.cache import Cache, Entry, over_budget
-from dtr.checkpoint.fetch import read_bytes
-from dtr.checkpoint.locks import try_lock
-from dtr.checkpoint.source import PieceSource
+from dtr.checkpoint.restoring.cache import Cache, Entry, over_budget
+from dtr.checkpoint.restoring.fetch import read_bytes
+from dtr.checkpoint.restoring.source import PieceSource
+from dtr.checkpoint.staging.locks import try_lock
 from dtr.config import Settings
 from dtr.errors import IntegrityError
 from tests.unit.test_source import DATA, SIZE, facts_of, memory_source
@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_costs_a_line_in_the_log(cache: Cache, folder: Path,
 KILLED = """
 import sys
 from tests.unit.test_part_cache import fill
-from dtr.checkpoint.cache import Cache
+from dtr.checkpoint.restoring.cache import Cache
 fill(Cache(sys.argv[1], 10**9))
 """
 

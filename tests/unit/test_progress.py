@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from dtr.checkpoint.handle import Commit, SaveHandle
-from dtr.checkpoint.progress import Meter, PartProgress, PartSight, SaveProgress, Sight, answered, ask, ended, measure
+from dtr.checkpoint.saving.handle import Commit, SaveHandle
+from dtr.checkpoint.saving.progress import Meter, PartProgress, PartSight, SaveProgress, Sight, answered, ask, ended, measure
 from dtr.cli.ckpt_watch import below, line, rows_of
 from dtr.errors import InvalidInput
 from dtr.state.keys import Keys

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dtr.checkpoint.parts import PartView
-from dtr.checkpoint.reconcile import judge
+from dtr.checkpoint.uploading.reconcile import judge
 
 NOW = 1_000_000
 STAGED = PartView(

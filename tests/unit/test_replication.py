@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtr.checkpoint import tensors, tree
-from dtr.checkpoint.fetch import read_state
-from dtr.checkpoint.paths import Patterns
-from dtr.checkpoint.replication import REPLICATED, Shares, split
-from dtr.checkpoint.scattered import headers_of, locate
-from dtr.checkpoint.tensors import Tensor
+from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format.paths import Patterns
+from dtr.checkpoint.format.replication import REPLICATED, Shares, split
+from dtr.checkpoint.format.tensors import Tensor
+from dtr.checkpoint.restoring.fetch import read_state
+from dtr.checkpoint.restoring.scattered import headers_of, locate
 from dtr.errors import IntegrityError, InvalidInput, WorldSizeMismatch
 from tests.chunked import file_of
 

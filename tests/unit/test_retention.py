@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtr import names
-from dtr.checkpoint import metrics
+from dtr.checkpoint.keeping.retention import Plan, Policy, plan
 from dtr.checkpoint.lineage import Link, chain
-from dtr.checkpoint.retention import Plan, Policy, plan
+from dtr.checkpoint.saving import metrics
 from dtr.checkpoint.survey import Indexed
 from dtr.config import Settings
 from dtr.errors import ConfigError, InvalidInput, StateCorrupt

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import tensors, tree
-from dtr.checkpoint.sharing import Extent, groups, span
-from dtr.checkpoint.tensors import Tensor
+from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format.sharing import Extent, groups, span
+from dtr.checkpoint.format.tensors import Tensor
 from dtr.errors import ManifestInvalid
 from tests.unit.test_tree import round_trip
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from dtr.checkpoint import checksum
-from dtr.checkpoint.fetch import read_bytes
-from dtr.checkpoint.locks import try_lock
-from dtr.checkpoint.memory import mapped_here
-from dtr.checkpoint.nearby import of_slot
-from dtr.checkpoint.slots import Found, finish
-from dtr.checkpoint.source import Pieces
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.restoring.fetch import read_bytes
+from dtr.checkpoint.restoring.nearby import of_slot
+from dtr.checkpoint.restoring.source import Pieces
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.locks import try_lock
+from dtr.checkpoint.staging.memory import mapped_here
+from dtr.checkpoint.staging.slots import Found, finish
 from dtr.errors import ChecksumMismatch, SlotUnavailable
 from tests.staged import finished, record, stage, staged, trainer
 from tests.waiting import eventually

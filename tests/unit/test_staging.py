@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dtr.checkpoint.memory import WarmMaps, grow, is_reserved
-from dtr.checkpoint.reclaim import reclaim
-from dtr.checkpoint.slots import SlotFiles, finish, open_for_reading, scan
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.memory import WarmMaps, grow, is_reserved
+from dtr.checkpoint.staging.reclaim import reclaim
+from dtr.checkpoint.staging.slots import SlotFiles, finish, open_for_reading, scan
 from dtr.errors import CheckpointError, ForkedProcess, InvalidInput, NoFreeSlot, StagingFull
 from tests.staged import PlainLayout, record, stage, staged
 from tests.waiting import eventually

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dtr.checkpoint.locks import is_held, try_lock
+from dtr.checkpoint.staging.locks import is_held, try_lock
 
 HOLDER = """
 import sys
-from dtr.checkpoint.locks import try_lock
+from dtr.checkpoint.staging.locks import try_lock
 hold = try_lock(sys.argv[1], shared=sys.argv[2] == "shared")
 print("held" if hold else "busy", flush=True)
 sys.stdin.read()

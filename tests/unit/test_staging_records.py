@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr.checkpoint.reclaim import reclaim
-from dtr.checkpoint.slots import Found, SlotRecord, finish, open_for_reading, roots, scan
-from dtr.checkpoint.staging import Arena
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.reclaim import reclaim
+from dtr.checkpoint.staging.slots import Found, SlotRecord, finish, open_for_reading, roots, scan
 from dtr.errors import SlotUnavailable
 from tests.staged import record, stage, staged
 

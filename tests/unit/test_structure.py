@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import copying, outline, structure, tensors, tree
-from dtr.checkpoint.device import Cuda
-from dtr.checkpoint.paths import Patterns
-from dtr.checkpoint.payload import TREE
-from dtr.checkpoint.replication import Shares
-from dtr.checkpoint.structure import Structures
+from dtr.checkpoint.format import copying, outline, structure, tensors, tree
+from dtr.checkpoint.format.paths import Patterns
+from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.format.replication import Shares
+from dtr.checkpoint.format.structure import Structures
+from dtr.checkpoint.staging.device import Cuda
 from dtr.errors import InvalidInput, UnsupportedLeaf
 
 ABOUT = {"job": "j"}

@@ -12,8 +12,9 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from dtr.checkpoint import checksum, copying, tensors
-from dtr.checkpoint.tensors import Tensor
+from dtr.checkpoint import checksum
+from dtr.checkpoint.format import copying, tensors
+from dtr.checkpoint.format.tensors import Tensor
 from dtr.errors import IntegrityError, InvalidInput
 
 LEAVES = {

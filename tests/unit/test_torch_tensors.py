@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import tensors, tree
-from dtr.checkpoint.device import Cuda
-from dtr.checkpoint.payload import TREE
-from dtr.checkpoint.structure import Structures
+from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.format.structure import Structures
+from dtr.checkpoint.staging.device import Cuda
 from dtr.errors import UnsupportedLeaf
 from tests.unit.test_tree import round_trip
 

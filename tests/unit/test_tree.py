@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.checkpoint import tensors, tree
-from dtr.checkpoint.tensors import Tensor
+from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format.tensors import Tensor
 from dtr.errors import IntegrityError, InvalidInput, ManifestInvalid, UnsupportedLeaf
 
 

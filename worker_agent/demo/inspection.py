@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dtr.checkpoint.catalogue import Listed
+from dtr.checkpoint.keeping.catalogue import Listed
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.config import Settings
 from dtr.errors import CheckpointError, IntegrityError

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
-from dtr.checkpoint.handle import Commit, SaveHandle
+from dtr.checkpoint.saving.handle import Commit, SaveHandle
 from dtr.config import LauncherEnvironment
 from dtr.errors import BarrierBroken, CheckpointError, RosterChanged
 from dtr.runs import Run

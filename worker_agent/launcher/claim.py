@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from dtr.checkpoint.locks import Hold, try_lock
+from dtr.checkpoint.staging.locks import Hold, try_lock
 from dtr.errors import ConfigError
 from dtr.host import host_id
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from redis import exceptions as rx
 
-from dtr.checkpoint.slots import scan
+from dtr.checkpoint.staging.slots import scan
 from dtr.config import Settings
 from dtr.errors import CoordinatorRefused, CoordinatorUnavailable
 from dtr.host import host_id

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from dtr.checkpoint.reclaim import reclaim
+from dtr.checkpoint.staging.reclaim import reclaim
 from dtr.config import Settings, default_home
 from worker_agent.launcher.claim import claimed
 from worker_agent.launcher.ground import finish_uploads, standing

@@ -1,0 +1,1 @@
+"""Saves that store only what the last commit lacks."""

@@ -1,0 +1,153 @@
+"""What every rank holds alike (``save_async(..., replicated="optimizer/*")``): written once, an even share by each rank, read by any.
+
+    split      the rows that a rank writes of the common tensors: the same answer on every rank, from names and shapes alone
+    take       a rank's own tensors and its share of the common ones, as they go into its part
+
+How they are put together again: :mod:`dtr.checkpoint.restoring.scattered`.
+
+A tensor that is cut is cut into rows, along its first dimension of more than one: so a part holds ``optimizer/m[0:512]``, and says under
+``dtr_replicated`` in its metadata (JSON) which rows of which tensor that are. Values that are no tensors are in every rank's tree.
+The ranks' structures must be alike: their digest is in every part, and a checkpoint of ranks that differ is refused before it begins.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import orjson
+
+from dtr.checkpoint.format.paths import Patterns, leaves
+from dtr.checkpoint.format.tensors import Tensor
+from dtr.errors import InvalidInput
+
+__all__ = ["REPLICATED", "Share", "Shares", "rows_of", "split", "take"]
+
+REPLICATED: Final = "dtr_replicated"
+_SNAP: Final = 256  # a cut this part of a share from a tensor's edge is made at the edge
+_SHOWN: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """That the tensors which ``patterns`` select are common to ``world_size`` ranks, of which this is ``rank``."""
+
+    patterns: Patterns
+    world_size: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a rank writes of a common tensor: rows [start, end) of ``of``."""
+
+    name: str
+    start: int
+    end: int
+    of: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.end - self.start == self.of
+
+
+def split(tensors: Mapping[str, Tensor], world_size: int, rank: int) -> tuple[Share, ...]:
+    """The share of ``rank``: all shares together are every row of every tensor, once.
+
+    Even by bytes: laid one after the other in the order of their names, the tensors are cut at equal distances, each cut moved to the
+    nearest row, or to the edge of a tensor that is less than 1/256 of a share away. So two shares differ by two rows and 1/64 of a share
+    at most, and no more than ``world_size - 1`` cuts are made.
+    """
+    names = sorted(tensors)
+    rows = [rows_of(tensors[name].array.shape, tensors[name].array.nbytes) for name in names]
+    sizes = [tensors[name].array.nbytes for name in names]
+    ends = list(itertools.accumulate(sizes))
+    low, high = (_cut(ends, sizes, rows, world_size, n) for n in (rank, rank + 1))
+    found = []
+    for n in range(low[0], min(high[0] + 1, len(names))):
+        start, end = (low[1] if n == low[0] else 0), (high[1] if n == high[0] else rows[n])
+        if start < end:
+            found.append(Share(name=names[n], start=start, end=end, of=rows[n]))
+    return tuple(found)
+
+
+def _cut(ends: Sequence[int], sizes: Sequence[int], rows: Sequence[int], world_size: int, number: int) -> tuple[int, int]:
+    """Where the share of rank ``number`` begins: a tensor's index and a row of it."""
+    if number in {0, world_size} or not ends or not ends[-1]:
+        return (0, 0) if number == 0 else (len(ends), 0)
+    at, near = ends[-1] * number // world_size, ends[-1] // (world_size * _SNAP)
+    n = bisect.bisect_right(ends, at)
+    inside, row_bytes = at - (ends[n] - sizes[n]), sizes[n] // rows[n]
+    row = (2 * inside + row_bytes) // (2 * row_bytes)
+    if inside <= near:
+        row = 0
+    elif sizes[n] - inside <= near:
+        row = rows[n]
+    return (n, row) if row < rows[n] else (n + 1, 0)
+
+
+def rows_of(shape: Sequence[int], size_bytes: int) -> int:
+    """How many rows a tensor has, by which it can be cut: 1 if it cannot."""
+    return next((size for size in shape if size > 1), 1) if size_bytes else 1
+
+
+def _sliced(tensor: Tensor, share: Share) -> Tensor:
+    if share.is_whole:
+        return tensor
+    axis = next(n for n, size in enumerate(tensor.array.shape) if size > 1)
+    return replace(tensor, array=tensor.array[(slice(None),) * axis + (slice(share.start, share.end),)])
+
+
+def take(spec: Any, tensors: Mapping[str, Tensor], shares: Shares) -> tuple[dict[str, Tensor], str, str]:
+    """What this rank's part holds, its own tensors first; the digest of what is common, alike on all ranks; the text for its metadata.
+
+    Raises:
+        InvalidInput: a pattern selects nothing; it names the pattern.
+    """
+    patterns = shares.patterns
+    common = {name: tensor for name, tensor in tensors.items() if patterns.match(name)}
+    _check_patterns(spec, tensors, common, patterns)
+    held = {name: tensor for name, tensor in tensors.items() if name not in common}
+    rows = {}
+    for share in split(common, shares.world_size, shares.rank):
+        name = share.name
+        if not share.is_whole:
+            name = _free_name(f"{share.name}[{share.start}:{share.end}]", tensors)
+            rows[name] = {"of": share.name, "rows": [share.start, share.end], "shape": common[share.name].shape}
+        held[name] = _sliced(common[share.name], share)
+    structure = _digest(common)
+    about = {
+        "patterns": sorted(patterns.texts), "rank": shares.rank, "world_size": shares.world_size, "structure": structure,
+        "rows": rows,
+    }  # fmt: skip
+    return held, structure, orjson.dumps(about).decode()
+
+
+def _check_patterns(spec: Any, tensors: Mapping[str, Tensor], common: Mapping[str, Tensor], patterns: Patterns) -> None:
+    each = [patterns] if len(patterns.texts) == 1 else [Patterns.of(text, patterns.argument) for text in patterns.texts]
+    for one in each:
+        if any(one.match(name) for name in common) or any(one.match(path) for path, _ in leaves(spec)):
+            continue
+        tops = sorted({path.partition("/")[0] for path, _ in leaves(spec)})
+        shown = ", ".join(tops[:_SHOWN]) + (", ..." if len(tops) > _SHOWN else "")
+        raise InvalidInput(
+            f"{patterns.argument} selects nothing: {one} matches no path of the state, which holds {shown or 'a single value'}",
+            field=patterns.argument,
+        )
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}~{number}"
+    return free
+
+
+def _digest(common: Mapping[str, Tensor]) -> str:
+    facts = [[name, tensor.label, tensor.shape] for name, tensor in sorted(common.items())]
+    return hashlib.sha256(orjson.dumps(facts)).hexdigest()[:16]

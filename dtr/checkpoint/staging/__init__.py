@@ -1,0 +1,1 @@
+"""Slots in shared memory: reserved, filled at the speed of memory, read by uploaders, given back."""
