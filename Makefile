@@ -32,7 +32,7 @@ demo: venv ## Train for a minute, kill a worker, recover, and check that nothing
 	@$(BIN)/dtr demo $(ARGS)
 
 test: venv ## All tests but the long ones
-	@$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	@$(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile $(ARGS)
 
 soak: venv ## The long tests
 	@$(BIN)/python -m pytest -m soak $(ARGS)
