@@ -44,10 +44,13 @@ check: venv ## Style, types, import layers, headers of the Lua scripts
 	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/python -m pytest -q tests/lua/test_headers.py
 
-bench: venv ## The figures, one JSON object each: placement, barrier, beat (needs redis-benchmark)
+bench: venv ## The figures, one JSON object each; beat needs redis-benchmark
 	@$(BIN)/python -m bench.placement --json
 	@$(BIN)/python -m bench.barrier --json
 	@$(BIN)/python -m bench.stall --json
+	@$(BIN)/python -m bench.upload --json
+	@$(BIN)/python -m bench.restore --json
+	@$(BIN)/python -m bench.delta --json
 	@$(BIN)/python -m bench.data --json
 	@$(BIN)/python -m bench.beat --json
 

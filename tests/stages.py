@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dtr.checkpoint.format import tensors, tree
-from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.parts import Fence, Spec
 from dtr.checkpoint.saving.announce import Save
 from dtr.checkpoint.saving.handle import SaveHandle

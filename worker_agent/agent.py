@@ -46,7 +46,7 @@ class Agent:
         world_size: how many ranks a run has; ``(low, high)`` for an elastic job. Default: WORLD_SIZE (and DTR_WORLD_MIN), else 1.
         rank: the rank to ask for. Default: RANK; without one, forming gives a rank.
         job: ``name`` or ``tenant/name``. Default: DTR_JOB, else ``default``.
-        store: where checkpoints go: a folder, ``file:///folder`` or ``s3://bucket/prefix``. Default: DTR_STORE.
+        store: where checkpoints go: a folder, ``file:///folder``, ``s3://``, ``gs://`` or ``az://``. Default: DTR_STORE.
         beat: who beats without a launcher: a ``"thread"``, or a ``"process"`` that goes on while C code holds the GIL.
         environ: the environment to read; default ``os.environ``.
         settings: any other setting of :class:`dtr.config.Settings`.

@@ -57,7 +57,7 @@ class CheckpointManager:
     the handle. Reading (``restore`` of a run that continues something, ``list``, ``verify``) never starts a run and needs no Redis.
 
     Args:
-        store: a folder, ``file:///folder`` or ``s3://bucket/prefix``; the job has a folder of its own in it.
+        store: a folder, ``file:///folder``, ``s3://``, ``gs://`` or ``az://``; the job has a folder of its own in it.
         coordinator_url: the Redis server. Default: DTR_REDIS_URL, ``dtr.toml``, else the local one.
         job: ``name`` or ``tenant/name``. Default: DTR_JOB, else ``default``.
         rank, world_size: of this process where it has no agent. Default: RANK and WORLD_SIZE, else 0 of 1.

@@ -15,7 +15,9 @@ __all__ = ["demo"]
 @click.option("--workers", type=click.IntRange(1, 16), metavar="N", help="Trainers; default 4.")
 @click.option("--steps", type=click.IntRange(1, 100_000), metavar="N", help="Optimizer steps; default 400.")
 @click.option(
-    "--store", metavar="URL", help="Where checkpoints go, and stay: file:///FOLDER or s3://BUCKET/PREFIX; default: the demo's own folder."
+    "--store",
+    metavar="URL",
+    help="Where checkpoints go, and stay: file:///FOLDER, s3://, gs:// or az://; default: the demo's own folder.",
 )
 @click.option("--no-kill", is_flag=True, help="Do not kill a trainer midway.")
 @click.option("--keep", is_flag=True, help="Keep the demo's folder: logs, checkpoints, the server's data.")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dtr.checkpoint.format import tensors, tree
-from dtr.checkpoint.format.payload import TREE
 from dtr.checkpoint.format.structure import Structures
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.staging.device import Cuda
 
 SCALAR_DTYPES = st.one_of(

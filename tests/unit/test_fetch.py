@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 
 from dtr.checkpoint.format import tensors, tree
 from dtr.checkpoint.format.paths import Patterns
-from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.restoring.fetch import read_bytes, read_state
 from dtr.checkpoint.restoring.source import PieceSource
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, StateMismatch

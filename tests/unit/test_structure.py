@@ -13,9 +13,9 @@ import pytest
 
 from dtr.checkpoint.format import copying, outline, structure, tensors, tree
 from dtr.checkpoint.format.paths import Patterns
-from dtr.checkpoint.format.payload import TREE
 from dtr.checkpoint.format.replication import Shares
 from dtr.checkpoint.format.structure import Structures
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.staging.device import Cuda
 from dtr.errors import InvalidInput, UnsupportedLeaf
 

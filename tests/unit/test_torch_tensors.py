@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dtr.checkpoint.format import tensors, tree
-from dtr.checkpoint.format.payload import TREE
 from dtr.checkpoint.format.structure import Structures
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.staging.device import Cuda
 from dtr.errors import UnsupportedLeaf
 from tests.unit.test_tree import round_trip

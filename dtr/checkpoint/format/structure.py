@@ -20,11 +20,11 @@ from dtr.checkpoint.format import tensors, torch_tensors, tree
 from dtr.checkpoint.format.copying import Places, copy_dtype
 from dtr.checkpoint.format.leaves import SHARED, Leaf, strides_of
 from dtr.checkpoint.format.outline import Different, Outline, outline_of
-from dtr.checkpoint.format.payload import TREE
 from dtr.checkpoint.format.replication import REPLICATED, Shares, take
 from dtr.checkpoint.format.sharing import Group, groups_of, memory_of
 from dtr.checkpoint.format.tensors import Arrangement, Tensor
 from dtr.checkpoint.format.torch_tensors import OnDevice
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.staging.device import Copy, Devices, Pending
 
 __all__ = ["Laid", "Structures"]

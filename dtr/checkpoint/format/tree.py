@@ -43,8 +43,9 @@ from dtr.checkpoint.format.sharing import Group
 from dtr.checkpoint.format.tensors import Tensor
 from dtr.errors import InvalidInput, ManifestInvalid, UnsupportedLeaf
 
-__all__ = ["MAX_DEPTH", "Walked", "decode", "encode", "flatten", "scalar_nodes", "unflatten", "walk"]
+__all__ = ["MAX_DEPTH", "TREE", "Walked", "decode", "encode", "flatten", "scalar_nodes", "unflatten", "walk"]
 
+TREE: Final = "dtr_tree"  # the name of the tree in the metadata of a part's file
 _MAX_VALUES: Final = 10_000_000
 _NAN: Final = "7ff8000000000000"
 _KEEPS: Final = (

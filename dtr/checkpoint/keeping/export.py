@@ -22,7 +22,7 @@ from typing import Final
 
 from dtr.checkpoint import checksum, records
 from dtr.checkpoint.format import tree
-from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.keeping.exported import ABOUT, Exported, ExportedFile, file_name, tree_name
 from dtr.checkpoint.manifest import Manifest, PartFacts, RunRecord
 from dtr.checkpoint.restoring.candidates import name_of

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from dtr.checkpoint.format import tensors, tree
 from dtr.checkpoint.format.build import unflatten
 from dtr.checkpoint.format.paths import LEFT_OUT, Patterns, mentioned, prune
-from dtr.checkpoint.format.payload import TREE
 from dtr.checkpoint.format.replication import REPLICATED
 from dtr.checkpoint.format.tensors import Header, Tensor, tensor_at
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.restoring import fill, scattered
 from dtr.checkpoint.restoring.scattered import Extent, Located, Whole, check_fits
 from dtr.checkpoint.restoring.source import OBJECT_THREADS, PieceSource, Source, Where

@@ -14,7 +14,7 @@ from typing import Any, Self
 import orjson
 
 from dtr.checkpoint.format import tree
-from dtr.checkpoint.format.payload import TREE
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.keeping.exported import ABOUT, Exported
 from dtr.checkpoint.manifest import Manifest, Replicated
 from dtr.checkpoint.restoring.candidates import name_of

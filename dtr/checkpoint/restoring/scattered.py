@@ -19,9 +19,9 @@ import orjson
 
 from dtr.checkpoint.format import tree
 from dtr.checkpoint.format.paths import Patterns, leaves, mentioned
-from dtr.checkpoint.format.payload import TREE
 from dtr.checkpoint.format.replication import REPLICATED, rows_of
 from dtr.checkpoint.format.tensors import Header, Place, Tensor, header_end, read_header, tensor_at
+from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.restoring.source import Source
 from dtr.errors import IntegrityError, WorldSizeMismatch
 
