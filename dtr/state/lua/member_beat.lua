@@ -38,7 +38,7 @@ end
 -- or replaced is in fences no more, while its hash may still be there for people.
 local now = now_ms()
 local now_text, how = integer(now), 'renewed'
-if mine[1] ~= incarnation or redis.call('ZADD', members, 'XX', 'CH', now + ttl_ms, worker) == 0 then
+if mine[1] ~= incarnation or redis.call('ZADD', members, 'XX', 'CH', integer(now + ttl_ms), worker) == 0 then
   if redis.call('HGET', fences, worker) ~= incarnation then
     local gone = redis.call('HGET', departed, worker)
     return redis.error_reply('STALE_INCARNATION ' .. worker .. ' is no longer registered as ' .. incarnation .. ': '
@@ -48,10 +48,10 @@ if mine[1] ~= incarnation or redis.call('ZADD', members, 'XX', 'CH', now + ttl_m
   redis.call('HSET', worker_key, 'incarnation', incarnation)
   if mine[1] ~= incarnation then how = 'revived' end
 end
-if number >= last then redis.call('HSET', worker_key, 'beat', number, 'beat_at', now_text, 'step', step, unpack(ARGV, 8)) end
+if number >= last then redis.call('HSET', worker_key, 'beat', ARGV[4], 'beat_at', now_text, 'step', step, unpack(ARGV, 8)) end
 -- The hash outlives the deadline a little, so that whoever learns of the death can still say what the last step was.
--- Every other beat will do: between two renewals it loses two intervals of the three.
-if number % 2 == 1 or how == 'revived' then redis.call('PEXPIRE', worker_key, ttl_ms + 3 * interval_ms) end
+-- Every fourth beat will do: between two renewals it loses four intervals of the five.
+if number % 4 == 1 or how == 'revived' then redis.call('PEXPIRE', worker_key, integer(ttl_ms + 5 * interval_ms)) end
 
 -- Ten times an interval somebody notes that beats get through, and records who lapsed.
 local since = now - tonumber(held[5])
