@@ -98,6 +98,10 @@ class Settings:
     shutdown_grace_s: float = _setting(8.0, "a stopping uploader has ended after this; container runtimes kill after 10", 1.0, 86_400)
     data_cache: str = _setting("", "folder for local copies of data files that are compressed or in a store; default: ~/.cache/dtr/data")
     data_cache_bytes: int = _setting(50 << 30, "what those copies may take; those not used for longest go first", 1)
+    data_weights: str = _setting(
+        "speed", "dynamic mode: a worker's shards follow its measured samples/s from run to run (speed), or all have as many (even)",
+        choices=("speed", "even"),
+    )  # fmt: skip
     flower_port: int = _setting(5555, "port of Flower on 127.0.0.1", 1, 65_535)
 
     @classmethod

@@ -60,8 +60,16 @@ class DatasetMismatch(InvalidInput):
     """The files do not match what was declared or registered."""
 
 
+class DatasetChanged(DatasetMismatch):
+    """A file of a data set is gone, or is not as it was when it was registered; the message names it."""
+
+
 class DataConflict(DtrError):
     """Two ranks disagree about what was consumed of a data set; the message says in what."""
+
+
+class StepUnknown(DtrError):
+    """Nobody has on record what this step consumed."""
 
 
 class LedgerUnset(DtrError):
@@ -95,6 +103,10 @@ class StoreUnavailable(Unavailable):
 
 class StoreRefused(StoreUnavailable):
     """The checkpoint store answered, and refuses: no bucket, no permission, wrong credentials. Retrying does not help."""
+
+
+class DataUnavailable(Unavailable):
+    """Data cannot be read on this host now, by no fault of the files: out of memory or descriptors, or the folder of copies fails."""
 
 
 class ServiceFailed(Unavailable):

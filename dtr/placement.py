@@ -5,7 +5,8 @@ shard, with weights each worker is within one shard of its exact share; and no p
 shards. So a leave moves the leaver's shards only, and a join moves exactly ``floor(shards / workers after the join)`` (equal
 weights).
 
-The result is a pure function of (workers, shards, weights, previous placement), the same in every process. In steps:
+The result is a pure function of (workers, shards, weights, previous placement), the same in every process. Weights come from
+:mod:`dtr.weights`, out of one reading that is made once in a run (:mod:`dtr.datasets.speed`). In steps:
 
 1. *Quotas.* Each worker's exact share, rounded down. The shards left over go one each to workers that hold more than their
    rounded share already (so they keep it), then to those that were there before, then by remainder, then in ring order.

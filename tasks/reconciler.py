@@ -27,11 +27,12 @@ from dtr.state.client import connect
 from dtr.state.keys import upload_queue, uploader
 from tasks.config import settings
 
-__all__ = ["Presence", "ReconcilerThread", "Reconciling"]
+__all__ = ["Presence", "ReconcilerThread", "Reconciling", "stuck_s"]
 
 log = logging.getLogger(__name__)
 
 _PRESENT_FOR_S: Final = 15.0
+_STUCK_AFTER_S: Final = 30.0
 
 
 class Presence:
@@ -57,6 +58,7 @@ class Presence:
             "staged_bytes": look.staged_bytes,
             "open_checkpoints": look.open_checkpoints,
             "uploads": uploads,
+            "stuck_s": int(stuck_s(look, uploads)),
         }
         pipeline = self._redis.pipeline(transaction=True)
         pipeline.hset(self._key, mapping=fields)
@@ -71,6 +73,11 @@ class Presence:
         except RedisError as exc:
             log.info("the uploader's presence ends by itself: %s", exc)
         self._redis.close()
+
+
+def stuck_s(look: Look, uploads: int) -> float:
+    """How long a part has waited though no upload is under way that it could wait for; 0.0 where that is no matter."""
+    return look.unclaimed_s if look.unclaimed_s > _STUCK_AFTER_S and not uploads else 0.0
 
 
 class ReconcilerThread(threading.Thread):
@@ -114,7 +121,10 @@ class ReconcilerThread(threading.Thread):
         except Exception:  # the loop outlives whatever one look meets
             log.exception("the reconciler's look failed; it goes on")
         else:
-            self._say("")
+            stuck = stuck_s(self._last, _running()) > 0
+            self._say(
+                "no process of this worker takes up the parts that wait; see what it logged before, or start it anew" if stuck else ""
+            )
 
     def _keep_host_id(self) -> None:
         """Somebody emptied the staging folder: put our id back, so that the next trainer does not become another host.

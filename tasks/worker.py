@@ -19,6 +19,7 @@ from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable
 from dtr.host import host_id
 from dtr.state.client import connect, translate
 from dtr.state.keys import upload_queue
+from dtr.state.scripts import preload
 from tasks import shutdown, transport
 from tasks.config import CannotStart, drain_s, settings
 from tasks.priority import give_way
@@ -38,6 +39,7 @@ class UploadWorker(Worker):  # type: ignore[misc]  # Celery has no types
         self.app.conf.task_default_queue = queue
         shutdown.share()
         transport.install()
+        preload()  # before the pool forks: its processes and this one go by the same scripts
         super().on_before_init(**options)
 
     def setup_instance(self, **options: Any) -> None:

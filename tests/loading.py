@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,22 @@ def write_lines(folder: Path, samples: int, files: int = 4) -> Path:
         rows = range(part * samples // files, (part + 1) * samples // files)
         (folder / f"part-{part}.jsonl").write_text("".join(json.dumps({"id": i, "x": i / 2}) + "\n" for i in rows))
     return folder
+
+
+def registered(settings: Settings, tmp_path: Path) -> Path:
+    """400 samples in 16 shards, shuffled, as ``numbers``; for a fixture."""
+    folder = write_lines(tmp_path / "data", 400)
+    with closing(DatasetRegistry(settings.redis_url, job=settings.job)) as registry:
+        registry.register("numbers", path=folder, format="jsonl", shard_size=25, shuffle=True)
+    return folder
+
+
+def damage(path: Path) -> None:
+    """The first bytes make no JSON any more, and the file looks as it was."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"?????")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @dataclass

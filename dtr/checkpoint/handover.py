@@ -3,7 +3,7 @@
     save_async    the share is captured with the state, put into the slot and the part, and told at once by a report nobody waits for
     publisher     tells it again, and is told whether that sealed the checkpoint
     uploader      tells that of a slot whose trainer died
-    commit        merges all shares into the manifest
+    commit        puts into the store what the steps consumed, merges all shares into the manifest, and lets go of them an hour later
 
 A checkpoint of a run that loads data is sealed only when all ranks' shares are there, also those of ranks that have no part because another
 writes the replicated state. A rank that died before it told its share takes the checkpoint with it: an older one has the older position.
@@ -15,14 +15,17 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from dtr.checkpoint.parts import Fence
+from dtr.datasets.keeping import keep_journal
 from dtr.datasets.plane import merge_shares
 from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.state.keys import Keys
+from dtr.store import Store
 
-__all__ = ["call_of", "data_state", "hand_over", "is_needed", "missing"]
+__all__ = ["call_of", "data_state", "hand_over", "is_needed", "keep_steps", "let_go", "missing"]
 
 KEEP_MS: Final = 7 * 86_400_000
+DECIDED_KEEP_MS: Final = 3_600_000
 
 
 def call_of(keys: Keys, run: str, step: int, who: Fence, share: str) -> tuple[list[str], list[Any]]:
@@ -63,6 +66,24 @@ def data_state(state: JobState, run: str, step: int) -> Mapping[str, Any]:
         DataConflict: two ranks consumed the same samples, or load in different ways.
         StateCorrupt: a share is no data state.
     """
+    return merge_shares(_shares(state, run, step))
+
+
+def keep_steps(state: JobState, store: Store, run: str, step: int) -> None:
+    """Put what the steps of a sealed checkpoint consumed into the job's store, before its manifest.
+
+    Raises StoreUnavailable, CoordinatorUnavailable.
+    """
+    keep_journal(state, store, run, step, _shares(state, run, step))
+
+
+def let_go(state: JobState, run: str, step: int) -> None:
+    """The checkpoint is decided, so its shares need not be kept for much longer: they may be long."""
+    with translate(state.url):
+        state.redis.pexpire(state.keys.ckpt_data(run, step), DECIDED_KEEP_MS)
+
+
+def _shares(state: JobState, run: str, step: int) -> dict[int, str]:
     with translate(state.url):
         shares: dict[str, str] = state.redis.hgetall(state.keys.ckpt_data(run, step))
-    return merge_shares({int(rank): share for rank, share in shares.items()})
+    return {int(rank): share for rank, share in shares.items()}

@@ -138,6 +138,11 @@ class Manifest:
             raise InvalidInput(f"reason must say why: the decision is {self.decision}", field="reason")
         self._check_parts()
 
+    @property
+    def fate(self) -> str:
+        """The decision in words: ``was retired``."""
+        return {"commit": "is committed", "abort": "was aborted", "tombstone": "was retired"}[self.decision]
+
     def _check_parts(self) -> None:
         ranks = [part.rank for part in self.parts]
         if len({part.object for part in self.parts}) != len(ranks):

@@ -1,4 +1,4 @@
-"""``dtr data``: the data sets of a job."""
+"""``dtr data``: the data sets of a job; its other commands are in modules of their own, registered here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Final
 
 import rich_click as click
 
+from dtr.cli.data_history import replay, skip, which
+from dtr.cli.data_progress import progress, show_one
 from dtr.cli.options import job_state, reading_options, target
 from dtr.cli.screen import Screen, show
 from dtr.cli.sentences import moment
@@ -28,9 +30,16 @@ _COLUMNS: Final = (
 )
 
 
-@click.group(short_help="List the data sets of a job.")
+@click.group(short_help="List data sets, show them, and ask what a step consumed.")
 def data() -> None:
-    """The data sets of a job."""
+    """The data sets of a job: what they are, how far training has come with them, and what each step consumed.
+
+    The newest steps are in Redis, all up to the newest commit in the store, whether or not Redis is there.
+    """
+
+
+for _command in (show_one, progress, which, replay, skip):
+    data.add_command(_command)
 
 
 @data.command(short_help="The current version of each data set.")

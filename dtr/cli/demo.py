@@ -26,7 +26,8 @@ def demo(workers: int | None, steps: int | None, store: str | None, no_kill: boo
     """Train a small language model on Python's standard library with 4 trainers, kill one of them midway, and see the job recover.
 
     Starts a server, an uploader, Flower and the trainers in a temporary home, and ends them all; nothing of yours is touched. It takes
-    about a minute, ends with a table of figures and with checks, and exits with 1 if a check fails.
+    about a minute, ends with a table of figures and with checks, one of which proves from the trainers' own logs that every sample was
+    consumed exactly once, and exits with 1 if a check fails.
     """
     chosen = [f"--{name}={value}" for name, value in (("workers", workers), ("steps", steps), ("store", store)) if value is not None]
     flags = [name for name, given in (("--no-kill", no_kill), ("--keep", keep), ("--json", as_json)) if given]

@@ -44,6 +44,7 @@ def _entry(name: str, panel: str, about: str, module: str | None = None, below: 
 
 
 _CKPT: Final = ("ls", "show", "verify", "log", "plan", "watch", "gc", "rm", "pin", "unpin", "export", "import", "diff")
+_DATA: Final = ("ls", "show", "progress", "which", "replay", "skip")
 COMMANDS: Final[dict[str, Entry]] = dict(
     [
         _entry("status", "Look", "Is the job well, and if not, why."),
@@ -51,7 +52,7 @@ COMMANDS: Final[dict[str, Entry]] = dict(
         _entry("barriers", "Look", "Barrier rounds, and who is missing."),
         _entry("ring", "Look", "How the ring is shared among the workers."),
         _entry("ckpt", "Look", "List, show, verify, compare, keep and remove checkpoints.", below=_CKPT),
-        _entry("data", "Look", "List the data sets of a job.", below=("ls",)),
+        _entry("data", "Look", "List data sets, and ask what a step consumed.", below=_DATA),
         _entry("events", "Look", "What happened, and what happens now."),
         _entry("config", "Look", "The settings and where they come from.", below=("show",)),
         _entry("run", "Run", "Start trainers and look after them."),

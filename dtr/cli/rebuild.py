@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import rich_click as click
 
 from dtr.checkpoint.keeping.rebuild import rebuild as fill
+from dtr.checkpoint.survey import survey
 from dtr.cli.ckpt import show_list
 from dtr.cli.options import reading_options, server_state, target
 from dtr.cli.screen import show
-from dtr.errors import ConfigError
+from dtr.errors import ConfigError, NoCheckpoint
 from dtr.membership import open_state
+from dtr.store import open_store
 from dtr.views import stored as view
 from dtr.views.stored import Sources
 
@@ -30,6 +34,7 @@ def rebuild(url: str | None, job: str | None, as_json: bool, store: str | None) 
     if place is None:
         raise ConfigError("store is not set: give --from, or set DTR_STORE", setting="store")
     with server_state(where) as state:
+        _check_holds_something(place, state.job)
         filled = []
 
         def recover(state_id: str) -> int:
@@ -41,3 +46,11 @@ def rebuild(url: str | None, job: str | None, as_json: bool, store: str | None) 
             fill(state, place)
         found = view.read(Sources.open(state, place))
     show(found, json=as_json, human=show_list)
+
+
+def _check_holds_something(place: str, job: str) -> None:
+    """Refuse a misspelt store or job before Redis is told that there is nothing."""
+    base = open_store(place)
+    with contextlib.closing(base):
+        if not survey(base.child(job)).every_run:
+            raise NoCheckpoint(f"{base.url} holds no run of job {job}: check the URL (--from) and the job (--job); nothing was changed")

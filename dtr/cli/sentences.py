@@ -21,10 +21,11 @@ _RED: Final = frozenset(
         "ckpt_quarantined",
         "quarantined",
         "save_failed",
+        "shard_quarantined",
         "stalled",
     }
 )
-_YELLOW: Final = frozenset({"departed", "ckpt_abandoned", "state_created"})
+_YELLOW: Final = frozenset({"departed", "ckpt_abandoned", "samples_skipped", "state_created"})
 _GREEN: Final = frozenset({"run_formed", "ckpt_committed", "state_ready", "resumed"})
 
 
@@ -85,5 +86,9 @@ _SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
     "ckpt_aborted": _ckpt,
     "ckpt_abandoned": _ckpt,
     "ckpt_retired": _ckpt,
+    "shard_quarantined": lambda f: (
+        f"shard {f['shard']} of data set {f['dataset']} is left out, {f['worker']} cannot read it: {f['reason']}"
+    ),
+    "samples_skipped": lambda f: f"{f['samples']} of data set {f['dataset']} are left out from now on: {f['reason']}",
     "ckpt_quarantined": lambda f: f"{f['run']}/{f['step']} {f['reason']}",
 }

@@ -1,7 +1,8 @@
 """Which shards of a data set belong to which rank of a run. Owns ``placement:NAME`` and ``placement:NAME:GENERATION``.
 
-Guarantees: all ranks of a run read one placement; it is computed once per run, by one member, from the placement installed before,
-so that only the shards of whoever departed move, and what a newcomer gets; a process outside the run cannot install one.
+Guarantees: all ranks of a run read one placement; it is computed once per run, by one member, from the placement installed before and the
+measured speeds of that moment, so that only the shards of whoever departed move, what a newcomer gets, and what a worker of another speed
+than before has too much of; weights are installed with the shards they led to; a process outside the run cannot install one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtr import weights
 from dtr.datasets.spec import DatasetSpec
+from dtr.datasets.speed import speeds
 from dtr.errors import StateCorrupt
 from dtr.placement import Placement, ShardPoints, parse_ranges, place
 from dtr.ring import Ring
@@ -84,13 +87,15 @@ class Assignment:
 
     def _compute(self, session: Session, spec: DatasetSpec, members: str, *, parent: str, parent_version: str, grandparent: str) -> None:
         state, run, who = session.state, session.run, session.identity
-        previous = None
+        previous, before = None, dict[str, float]()
         if parent and parent_version == str(spec.version):
-            previous = _read(session, spec, int(parent))
+            previous, before = _read(session, spec, int(parent))
             session.clock.sleep(SETTLE_S)
-        placement = place(self._ring_of(run.roster), self._points_of(spec), previous=previous)
+        by_speed = session.settings.data_weights == "speed"
+        settled = weights.settled(before, speeds(session, spec.name, run.roster), run.roster) if by_speed else {}
+        placement = place(self._ring_of(run.roster), self._points_of(spec), previous=previous, weights=settled)
         moved = len(placement.moved_from(previous)) if previous is not None else spec.shards
-        fields = [text for pair in placement.to_fields().items() for text in pair]
+        fields = [text for pair in (placement.to_fields() | weights.to_fields(settled)).items() for text in pair]
         keys = [
             state.keys.meta,
             state.keys.roster,
@@ -119,15 +124,16 @@ class Assignment:
         return known[2]
 
 
-def _read(session: Session, spec: DatasetSpec, generation: int) -> Placement | None:
-    """An installed placement, or None if it is damaged: then shards are placed anew, and that is logged."""
+def _read(session: Session, spec: DatasetSpec, generation: int) -> tuple[Placement | None, dict[str, float]]:
+    """An installed placement and the weights in force; neither if it is damaged: then shards are placed anew, and that is logged."""
     with translate(session.state.url):
         fields: Any = session.state.redis.hgetall(session.state.keys.placement(spec.name, generation))
     try:
-        return Placement.from_fields(fields, spec.shards)
+        shards = {worker: held for worker, held in fields.items() if not weights.is_field(worker)}
+        return Placement.from_fields(shards, spec.shards), weights.from_fields(fields)
     except StateCorrupt as exc:
         log.warning("data set %s: generation %d cannot be the start of the next placement: %s", spec.name, generation, exc)
-        return None
+        return None, {}
 
 
 def _digest(workers: Iterable[str]) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dtr.datasets import ranges
-from dtr.datasets.batch import Batch, SampleRange
-from dtr.datasets.datastate import Cursor, Dynamic
+from dtr.datasets.batch import Batch, Order, SampleRange
+from dtr.datasets.datastate import BY_RANGES, Cursor, Dynamic
 from dtr.datasets.ranges import Ranges
+from dtr.datasets.skips import Skips
 from dtr.errors import InvalidInput
 
 __all__ = ["Consumption"]
@@ -25,10 +26,11 @@ class Consumption:
     Args:
         start: where the run begins; of it only the facts of the sequence and, in deterministic mode, the cursor.
         size_of: samples in a shard.
+        skips: those that this rank knows.
     """
 
-    def __init__(self, start: Dynamic | Cursor, size_of: Callable[[int], int]) -> None:
-        self._start, self._size_of = start, size_of
+    def __init__(self, start: Dynamic | Cursor, size_of: Callable[[int], int], skips: Callable[[], Skips] = dict) -> None:
+        self._start, self._size_of, self._skips = start, size_of, skips
         self.epoch = start.epoch
         self.samples = 0  # consumed in this epoch
         self._cursor = start.batch if isinstance(start, Cursor) else 0
@@ -37,7 +39,7 @@ class Consumption:
         self._handed: dict[int, Sets] = {}
         self._notes: dict[str, dict[int, dict[int, str]]] = {}
 
-    def hand_out(self, batch: Batch) -> None:
+    def hand_out(self, batch: Batch | Order) -> None:
         """A batch goes to the trainer."""
         if isinstance(self._start, Dynamic):
             _add(self._handed.setdefault(batch.epoch, {}), batch.ranges)
@@ -56,12 +58,16 @@ class Consumption:
             self._add(batch)
         self._cursor = max(self._cursor, batch.number + 1)
         self.samples += sum(stop - start for _, start, stop in batch.ranges)
-        for shard, start, stop in batch.padded:
-            self._note_ranges("padded", batch.epoch, shard, ((start, stop),))
+        for kind, given in (("padded", batch.padded), ("skipped", batch.skipped)):
+            for shard, start, stop in given:
+                self._note_ranges(kind, batch.epoch, shard, ((start, stop),))
 
     def note(self, kind: str, epoch: int, shard: int, text: str) -> None:
         """Put on record what an epoch leaves out."""
-        self._notes.setdefault(kind, {}).setdefault(epoch, {})[shard] = text
+        if kind in BY_RANGES:
+            self._note_ranges(kind, epoch, shard, ranges.parse_ranges(text))
+        else:
+            self._notes.setdefault(kind, {}).setdefault(epoch, {})[shard] = text
 
     def unreported(self) -> int:
         """Samples of the current epoch that were handed out and not consumed."""
@@ -74,13 +80,14 @@ class Consumption:
         if isinstance(start, Cursor):
             return Cursor(
                 version=start.version, digest=start.digest, seed=start.seed, global_batch_size=start.global_batch_size, window=start.window,
-                tail=start.tail, epoch=self.epoch, batch=self._cursor, notes=notes,
+                tail=start.tail, epoch=self.epoch, batch=self._cursor, notes=notes, skips=self._skips(),
             )  # fmt: skip
         done = ranges.of_numbers(self._whole)
         partial = dict(self._consumed)
         return Dynamic(
-            version=start.version, digest=start.digest, seed=start.seed, epoch=self.epoch, done=done, partial=partial, notes=notes
-        )
+            version=start.version, digest=start.digest, seed=start.seed, epoch=self.epoch, done=done, partial=partial, notes=notes,
+            skips=self._skips(),
+        )  # fmt: skip
 
     def _add(self, batch: Batch) -> None:
         _add(self._consumed, batch.ranges)

@@ -1,37 +1,43 @@
 """Local copies of files that cannot be read where they are: compressed ones, and those in a store.
 
-Guarantees: a copy is whole or not there (a temporary file, renamed); a file is fetched once per host, however many processes want it at
-once; the folder stays within its budget, the copies that were not used for longest going first; whoever reads a copy that is removed
-meanwhile reads on, since its file is open.
+Guarantees: a copy is whole or not there, and holds what its file held with the stamp that it was asked for with; a file is fetched once per
+host, however many processes want it at once; all copies together stay within their budget (`dtr.datasets.cache`); memory is bounded,
+whatever a compressed file unpacks to.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import gzip
 import hashlib
 import os
-import secrets
-import shutil
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from io import BufferedReader, BufferedWriter
-from typing import Final
+from functools import cache, partial
+from io import BufferedReader
+from typing import Final, Protocol, Self
 
 import zstandard
 
 from dtr.config import Settings
-from dtr.errors import DatasetMismatch, NotFound
+from dtr.datasets.cache import Cache, Draft
+from dtr.errors import DatasetChanged, DatasetMismatch, IntegrityError, NotFound
 from dtr.store import Store, open_store
 
-__all__ = ["Copies", "compression_of", "copies", "is_remote", "remote_store"]
+__all__ = ["Copies", "Stamp", "compression_of", "copies", "difference", "first_bytes", "is_remote", "remote_store", "stamp_of"]
 
 _COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _CHUNK_BYTES: Final = 8 << 20
+_PACKED_BYTES: Final = 4 << 10  # given to zstd at once, which makes up to 32,768 times as much of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What tells one content of a file from another without reading it: ``mtime_ns`` on disk, ``tag`` (an ETag) in a store."""
+
+    size_bytes: int
+    mtime_ns: int = 0
+    tag: str = ""
 
 
 def compression_of(name: str) -> str:
@@ -46,7 +52,7 @@ def is_remote(path: str) -> bool:
 
 @cache
 def remote_store(url: str) -> Store:
-    """The store at a URL, opened once per process."""
+    """The store at a URL, opened once per process; a forked child may use it."""
     return open_store(url)
 
 
@@ -57,138 +63,170 @@ def copies() -> Copies:
     return Copies(folder=settings.data_cache, budget_bytes=settings.data_cache_bytes)
 
 
+def stamp_of(folder: str, file: str) -> Stamp:
+    """The file's stamp as of now. Raises OSError, or of a store NotFound and its other errors."""
+    if is_remote(folder):
+        size_bytes, tag = remote_store(folder).stat(file)
+        return Stamp(size_bytes=size_bytes, tag=tag)
+    facts = os.stat(os.path.join(folder, file))
+    return Stamp(size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copies:
-    """A folder of copies and how many bytes it may hold. One file may exceed that: it is then the only one."""
+    """A folder of copies and how many bytes it may hold."""
 
     folder: str
     budget_bytes: int
 
-    def open(self, folder: str, file: str, *, size_bytes: int, mtime_ns: int) -> BufferedReader:
+    def open(self, folder: str, file: str, stamp: Stamp) -> BufferedReader:
         """The plain content of ``file`` in ``folder``, which is a path or a store's URL, opened for reading.
 
         Args:
             folder, file: where it is.
-            size_bytes, mtime_ns: what it had when it was registered: another content under the same name is another copy.
+            stamp: what it had when it was registered: another content under the same name is another copy.
 
         Raises:
-            DatasetMismatch: it is damaged, gone, or has another size by now; names the file.
+            DatasetChanged: it is gone, or has another stamp by now; names the file.
+            DatasetMismatch: it is damaged.
+            StoreUnavailable, StoreRefused: of the store.
+            ConfigError, FolderFull, DataUnavailable: of the folder of copies, or of this host.
         """
-        source = f"{folder.rstrip('/')}/{file}"
-        key = hashlib.sha256(f"{source}\0{size_bytes}\0{mtime_ns}".encode()).hexdigest()[:40]
-        target = f"{self.folder}/{key}"
-        found = _opened(target)
-        if found is not None:
-            return found
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        with _locked(f"{self.folder}/{key[:2]}.lock"):
-            found = _opened(target)
-            if found is None:
-                self._make(folder, file, source, target, size_bytes)
-                found = _opened(target)
-        if found is None:
-            raise DatasetMismatch(f"{target}, the local copy of {source}, was removed while it was made", file=source)
-        return found
+        source = _source(folder, file)
+        key = hashlib.sha256(f"{source}\0{stamp.size_bytes}\0{stamp.mtime_ns}\0{stamp.tag}".encode()).hexdigest()[:40]
+        held = Cache(folder=self.folder, budget_bytes=self.budget_bytes)
+        whole_bytes = None if compression_of(file) else stamp.size_bytes
+        return held.open(key, partial(_copy, folder, file, stamp), source=source, size_bytes=whole_bytes)
 
-    def _make(self, folder: str, file: str, source: str, target: str, size_bytes: int) -> None:
-        temporary = f"{target}.{secrets.token_hex(4)}.tmp"
+
+def first_bytes(folder: str, file: str, stamp: Stamp, count: int) -> bytes:
+    """How the plain content begins, without a copy of it: at most ``count`` bytes. Raises as `Copies.open`."""
+    with _opened(folder, file, stamp, at_most=64 << 10) as packed:
+        found = b""
+        for chunk in _plain(packed, file, _source(folder, file)):
+            found += chunk
+            if len(found) >= count:
+                break
+    return found[:count]
+
+
+class _Readable(Protocol):
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+def _copy(folder: str, file: str, stamp: Stamp, draft: Draft) -> None:
+    source = _source(folder, file)
+    _check(folder, file, stamp)
+    if not compression_of(file):
+        draft.reserve(stamp.size_bytes)
+    with _opened(folder, file, stamp) as packed:
+        for chunk in _plain(packed, file, source):
+            draft.write(chunk)
+    _check(folder, file, stamp)  # it may have been written meanwhile
+
+
+def _source(folder: str, file: str) -> str:
+    """The file's name for people: no query."""
+    return f"{folder.partition('?')[0].rstrip('/') if is_remote(folder) else folder.rstrip('/')}/{file}"
+
+
+def _check(folder: str, file: str, stamp: Stamp) -> None:
+    source = _source(folder, file)
+    try:
+        now = stamp_of(folder, file)
+    except (NotFound, FileNotFoundError) as exc:
+        raise DatasetChanged(f"{source} is gone; put it back, or register the data set again", file=source) from exc
+    except OSError as exc:
+        raise DatasetMismatch(f"{source} cannot be read: {exc.strerror}", file=source) from exc
+    if now != stamp:
+        raise DatasetChanged(
+            f"{source} changed since it was registered: {difference(stamp, now)}; register the data set again, or put the file back",
+            file=source,
+        )
+
+
+def difference(before: Stamp, now: Stamp) -> str:
+    """How two stamps of one file differ."""
+    if now.size_bytes != before.size_bytes:
+        return f"it had {before.size_bytes:,} bytes and has {now.size_bytes:,}"
+    if now.tag != before.tag:
+        return f"it had the tag {before.tag!r} and has {now.tag!r}"
+    return f"it was written at {now.mtime_ns} ns, and at {before.mtime_ns} ns then"
+
+
+def _opened(folder: str, file: str, stamp: Stamp, at_most: int | None = None) -> _Remote | BufferedReader:
+    if is_remote(folder):
+        return _Remote(remote_store(folder), file, stamp.size_bytes if at_most is None else min(at_most, stamp.size_bytes))
+    try:
+        return open(os.path.join(folder, file), "rb")
+    except OSError as exc:
+        source = _source(folder, file)
+        raise DatasetMismatch(f"{source} cannot be read: {exc.strerror}", file=source) from exc
+
+
+class _Remote:
+    """The first ``size_bytes`` of an object, read from its beginning on."""
+
+    def __init__(self, store: Store, key: str, size_bytes: int) -> None:
+        self._store, self._key, self._left, self._at = store, key, size_bytes, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing is held open."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        want = min(self._left, _CHUNK_BYTES if size < 0 else size)
+        if not want:
+            return b""
+        buffer = bytearray(want)
         try:
-            if is_remote(folder):
-                _fetch(remote_store(folder), file, temporary, size_bytes, source)
-            if compression_of(file):
-                _decompress(temporary if is_remote(folder) else source, file, f"{temporary}.plain", source)
-                os.replace(f"{temporary}.plain", temporary)
-            os.replace(temporary, target)
-        except OSError as exc:
-            raise DatasetMismatch(f"{source} cannot be copied to {self.folder}: {exc.strerror or exc}", file=source) from exc
-        finally:
-            for left in (temporary, f"{temporary}.plain"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(left)
-        self._evict(keep=target)
-
-    def _evict(self, keep: str) -> None:
-        """Bring the folder within its budget; other processes may do the same at once."""
-        held = []
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    facts = entry.stat(follow_symlinks=False)
-                    held.append((facts.st_atime_ns, facts.st_blocks * 512, entry.path))
-        left = sum(size for _, size, _ in held) - self.budget_bytes
-        for _, size, path in sorted(held):
-            if left <= 0:
-                return
-            if path != keep and "." not in os.path.basename(path):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                left -= size
+            count = self._store.read_into(self._key, buffer, self._at)
+        except NotFound as exc:
+            raise DatasetChanged(f"{self._key} is gone", file=self._key) from exc
+        except IntegrityError as exc:
+            raise DatasetChanged(f"{self._key} changed while it was read: {exc.message}", file=self._key) from exc
+        if not count:
+            raise DatasetChanged(f"{self._key} ends after {self._at:,} bytes: it changed", file=self._key)
+        self._at, self._left = self._at + count, self._left - count
+        return bytes(buffer[:count])
 
 
-def _opened(target: str) -> BufferedReader | None:
-    """The copy, marked as used just now: a folder may be mounted without access times."""
+def _plain(packed: _Readable, file: str, source: str) -> Iterator[bytes]:
+    """The content in pieces of at most 128 MiB, usually far less, whatever it unpacks to."""
+    how = compression_of(file)
+    unpack = {"gzip": _gunzipped, "zstd": _unzstd, "": _as_it_is}[how]
     try:
-        file = open(target, "rb")  # noqa: SIM115 - the caller closes it
-    except FileNotFoundError:
-        return None
-    facts = os.fstat(file.fileno())
-    with contextlib.suppress(OSError):  # another user's copy is as good
-        os.utime(target, ns=(max(facts.st_atime_ns, time.time_ns()), facts.st_mtime_ns))
-    return file
-
-
-@contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """One process at a time makes a copy; the lock dies with its holder. Its file stays, for it is shared by many copies."""
-    with open(path, "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # by name: a child that was forked meanwhile holds the same lock
-
-
-def _fetch(store: Store, key: str, target: str, size_bytes: int, source: str) -> None:
-    try:
-        there = store.size(key)
-        if there != size_bytes:
-            raise DatasetMismatch(f"{source} changed since it was registered: it had {size_bytes:,} bytes and has {there:,}", file=source)
-        buffer = memoryview(bytearray(min(_CHUNK_BYTES * 4, max(size_bytes, 1))))
-        with open(target, "wb") as file:
-            at = 0
-            while at < size_bytes:
-                count = store.read_into(key, buffer[: min(len(buffer), size_bytes - at)], at)
-                if not count:
-                    raise DatasetMismatch(f"{source} ended after {at:,} of {size_bytes:,} bytes", file=source)
-                file.write(buffer[:count])
-                at += count
-    except NotFound as exc:
-        raise DatasetMismatch(f"{source} is gone", file=source) from exc
-
-
-def _decompress(path: str, name: str, target: str, source: str) -> None:
-    how = compression_of(name)
-    try:
-        with open(path, "rb") as packed, open(target, "wb") as plain:
-            (_gunzip if how == "gzip" else _unzstd)(packed, plain)
+        yield from unpack(packed)
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as exc:
         raise DatasetMismatch(f"{source} is no whole {how} file: {exc}", file=source) from exc
+    except OSError as exc:
+        raise DatasetMismatch(f"{source} cannot be read: {exc.strerror or exc}", file=source) from exc
 
 
-def _gunzip(packed: BufferedReader, plain: BufferedWriter) -> None:
-    with gzip.GzipFile(fileobj=packed) as reader:
-        shutil.copyfileobj(reader, plain, _CHUNK_BYTES)
+def _as_it_is(packed: _Readable) -> Iterator[bytes]:
+    while chunk := packed.read(_CHUNK_BYTES):
+        yield chunk
 
 
-def _unzstd(packed: BufferedReader, plain: BufferedWriter) -> None:
+def _gunzipped(packed: _Readable) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=packed, mode="rb") as reader:  # type: ignore[call-overload] # it needs nothing but read()
+        while chunk := reader.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _unzstd(packed: _Readable) -> Iterator[bytes]:
     """Frame after frame. Not by zstandard's own reader: it takes a frame that was cut off for a whole one."""
     decompressor = zstandard.ZstdDecompressor()
     frame, begun = decompressor.decompressobj(), False
-    while chunk := packed.read(_CHUNK_BYTES):
-        while chunk:
-            plain.write(frame.decompress(chunk))
-            begun, chunk = True, b""
-            if frame.eof:
-                chunk, frame, begun = frame.unused_data, decompressor.decompressobj(), False
+    while read := packed.read(_CHUNK_BYTES):
+        for at in range(0, len(read), _PACKED_BYTES):
+            chunk = read[at : at + _PACKED_BYTES]
+            while chunk:
+                yield frame.decompress(chunk)
+                begun, chunk = True, b""
+                if frame.eof:
+                    chunk, frame, begun = frame.unused_data, decompressor.decompressobj(), False
     if begun:
         raise EOFError("it ends within a frame")

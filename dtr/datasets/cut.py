@@ -18,7 +18,7 @@ from dtr.datasets.datastate import Dynamic, merged
 from dtr.datasets.ranges import Ranges
 from dtr.errors import StateCorrupt
 
-__all__ = ["agreed_batch", "cut_at"]
+__all__ = ["agreed_batch", "cut_at", "handed_out"]
 
 
 def agreed_batch(last: Mapping[int, int]) -> int:
@@ -58,13 +58,22 @@ def cut_at(name: str, base: Dynamic, ledger: Mapping[str, str], done: bytes, thr
     return found if isinstance(found, Dynamic) else base
 
 
+def handed_out(ledger: Mapping[str, str]) -> dict[int, int]:
+    """Rank -> the newest batch that it was given."""
+    return {rank: max(numbers) for rank, numbers in _numbers(ledger).items()}
+
+
 def _first_kept(ledger: Mapping[str, str]) -> dict[int, int]:
     """Rank -> the first batch whose ranges are on record by themselves."""
-    found: dict[int, int] = {}
+    return {rank: min(numbers) for rank, numbers in _numbers(ledger).items()}
+
+
+def _numbers(ledger: Mapping[str, str]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
     for key in ledger:
         if key.startswith("out/"):
             rank, number = map(int, key.removeprefix("out/").split("/"))
-            found[rank] = min(found.get(rank, number), number)
+            found.setdefault(rank, []).append(number)
     return found
 
 

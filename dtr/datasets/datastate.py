@@ -12,6 +12,8 @@ As JSON, whole shards by their numbers, both ends included, and samples of a sha
     {"mode": "dynamic", "version": 1, "digest": "...", "seed": 7, "epoch": 1, "done": "0-5,9", "partial": {"7": "0-40"},
      "notes": {"quarantined": {"0": {"3": "DatasetMismatch: ..."}}}}
     {"mode": "deterministic", "version": 1, "digest": "...", "seed": 7, "epoch": 1, "batch": 340, "global_batch_size": 256, ...}
+
+``skips`` are what a person took out for good (`dtr.datasets.skips`), ``notes["skipped"]`` which samples of which epoch that has cost.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from typing import Any, Final
 from dtr import names
 from dtr.datasets import ranges
 from dtr.datasets.ranges import Ranges
+from dtr.datasets.skips import Skips, merged_skips, parse_skips
 from dtr.errors import DataConflict, InvalidInput, StateCorrupt
 
-__all__ = ["NOTES", "Cursor", "DataState", "Dynamic", "Notes", "merged", "parse", "parse_all", "shared"]
+__all__ = ["BY_RANGES", "NOTES", "Cursor", "DataState", "Dynamic", "Notes", "merged", "parse", "parse_all", "shared"]
 
-# What is excepted from "every sample exactly once", and only this: text is a reason (quarantined, skipped shard) or sample ranges.
+# What is excepted from "every sample exactly once", and only this: text is a reason (quarantined), or else sample ranges.
 NOTES: Final = ("quarantined", "skipped", "dropped", "padded")
-_BY_RANGES: Final = ("dropped", "padded")
+BY_RANGES: Final = ("skipped", "dropped", "padded")
 MAX_SHARD: Final = 1_000_000
 
 Notes = Mapping[str, Mapping[int, Mapping[int, str]]]  # kind -> epoch -> shard -> reason, or ranges
@@ -47,6 +50,7 @@ class Dynamic:
     done: Ranges = ()
     partial: Mapping[int, Ranges] = field(default_factory=dict)
     notes: Notes = field(default_factory=dict)
+    skips: Skips = field(default_factory=dict)
 
     mode = "dynamic"
 
@@ -60,7 +64,7 @@ class Dynamic:
             "epoch": self.epoch,
             "done": ranges.format_numbers(self.done),
             "partial": {str(shard): ranges.format_ranges(held) for shard, held in sorted(self.partial.items())},
-        } | _notes_to_json(self.notes)
+        } | _record_to_json(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,7 @@ class Cursor:
     epoch: int = 0
     batch: int = 0
     notes: Notes = field(default_factory=dict)
+    skips: Skips = field(default_factory=dict)
 
     mode = "deterministic"
 
@@ -91,7 +96,7 @@ class Cursor:
             "global_batch_size": self.global_batch_size,
             "window": self.window,
             "tail": self.tail,
-        } | _notes_to_json(self.notes)
+        } | _record_to_json(self)
 
 
 DataState = Dynamic | Cursor
@@ -111,9 +116,9 @@ def merged(name: str, states: Iterable[DataState]) -> DataState:
 
 
 def _join(name: str, one: DataState, other: DataState) -> DataState:
-    notes = _join_notes(one.notes, other.notes)
+    record: dict[str, Any] = {"notes": _join_notes(one.notes, other.notes), "skips": merged_skips(one.skips, other.skips)}
     if one.epoch != other.epoch:  # the later one: it began when the earlier epoch had ended for every rank
-        return replace(max(one, other, key=lambda state: state.epoch), notes=notes)
+        return replace(max(one, other, key=lambda state: state.epoch), **record)
     for what in ("mode", "version", "digest", *_OF_SEQUENCE[one.mode]):
         if getattr(one, what) != getattr(other, what, None):
             raise DataConflict(
@@ -122,12 +127,12 @@ def _join(name: str, one: DataState, other: DataState) -> DataState:
                 name=name,
             )
     if isinstance(one, Cursor) or isinstance(other, Cursor):
-        return replace(max(one, other, key=lambda state: getattr(state, "batch", 0)), notes=notes)
+        return replace(max(one, other, key=lambda state: getattr(state, "batch", 0)), **record)
     seed = max(one.seed, other.seed)  # the order of shards only: what was consumed does not depend on it
     done = ranges.union(one.done, other.done)
     partial = {shard: ranges.union(one.partial.get(shard, ()), other.partial.get(shard, ())) for shard in {**one.partial, **other.partial}}
     inside = {shard: held for shard, held in partial.items() if not ranges.contains(done, shard)} if done else partial
-    return replace(one, seed=seed, done=done, partial=inside, notes=notes)
+    return replace(one, seed=seed, done=done, partial=inside, **record)
 
 
 def shared(one: DataState, other: DataState) -> dict[int, Ranges | None]:
@@ -167,9 +172,14 @@ def _join_epochs(kind: str, one: Mapping[int, Mapping[int, str]], other: Mapping
 
 
 def _join_texts(kind: str, one: str, other: str) -> str:
-    if kind in _BY_RANGES:
+    if kind in BY_RANGES:
         return ranges.format_ranges(ranges.union(ranges.parse_ranges(one), ranges.parse_ranges(other)))
     return min(one, other)  # two reasons for one shard: which one is kept does not matter, but that it is always the same
+
+
+def _record_to_json(state: DataState) -> dict[str, Any]:
+    skips = {"skips": {target: skip.to_json() for target, skip in sorted(state.skips.items())}} if state.skips else {}
+    return _notes_to_json(state.notes) | skips
 
 
 def _notes_to_json(notes: Notes) -> dict[str, Any]:
@@ -193,16 +203,16 @@ def parse(name: str, document: Any) -> DataState:
         raise StateCorrupt(f"{what} must be an object, got {str(document)[:60]!r}")
     mode = document.get("mode")
     try:
-        numbers = {key: names.step(document.get(key), key) for key in ("version", "seed", "epoch")}
+        numbers: dict[str, Any] = {key: names.step(document.get(key), key) for key in ("version", "seed", "epoch")}
         digest = document.get("digest")
         if not isinstance(digest, str):
             raise InvalidInput(f"digest must be text, got {str(digest)[:60]!r}", field="digest")
-        notes = _parse_notes(document.get("notes", {}))
+        record: dict[str, Any] = {"notes": _parse_notes(document.get("notes", {})), "skips": parse_skips(document.get("skips", {}))}
         if mode == "dynamic":
             done = ranges.parse_numbers(document.get("done", ""))
             if done and done[-1][1] > MAX_SHARD:
                 raise InvalidInput(f"done must be shards below {MAX_SHARD}, got {done[-1][1] - 1}", field="done")
-            return Dynamic(**numbers, digest=digest, done=done, partial=_parse_partial(document.get("partial", {})), notes=notes)
+            return Dynamic(**numbers, digest=digest, done=done, partial=_parse_partial(document.get("partial", {})), **record)
         if mode == "deterministic":
             tail = document.get("tail")
             if tail not in {"empty", "pad", "drop"}:
@@ -214,7 +224,7 @@ def parse(name: str, document: Any) -> DataState:
                 global_batch_size=names.positive(document.get("global_batch_size"), "global_batch_size"),
                 window=names.step(document.get("window"), "window"),
                 tail=str(tail),
-                notes=notes,
+                **record,
             )
     except (InvalidInput, TypeError, AttributeError) as exc:
         raise StateCorrupt(f"{what}: {exc}") from exc
@@ -236,7 +246,7 @@ def _parse_notes(document: Mapping[str, Any]) -> Notes:
         if kind not in NOTES:
             raise InvalidInput(f"notes must be of {', '.join(NOTES)}, got {str(kind)[:60]!r}", field="notes")
         found[kind] = {int(epoch): {_shard(shard): str(text) for shard, text in held.items()} for epoch, held in epochs.items()}
-        if kind in _BY_RANGES:
+        if kind in BY_RANGES:
             for held in found[kind].values():
                 for text in held.values():
                     ranges.parse_ranges(text)

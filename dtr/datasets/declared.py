@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +97,7 @@ def is_registered(current: Dataset, declared: Declared, found: Found) -> bool:
         declared.shard_size,
         declared.shuffle,
         declared.seed,
-    ) and _stamped(current.files) == list(zip(found.files, found.stamps, strict=True))
-
-
-def _stamped(files: Sequence[FileFacts]) -> list[tuple[str, tuple[int, int]]]:
-    return [(facts.file, (facts.size_bytes, facts.mtime_ns)) for facts in files]
+    ) and [(facts.file, facts.stamp) for facts in current.files] == list(zip(found.files, found.stamps, strict=True))
 
 
 def _check_shards(shards: int, samples: int, shard_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import stat
@@ -11,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from io import BufferedReader
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from dtr.datasets.copies import compression_of, copies, is_remote, remote_store
-from dtr.datasets.formats import Format
+from dtr.datasets.cache import EXHAUSTED
+from dtr.datasets.copies import Stamp, compression_of, copies, first_bytes, is_remote, remote_store, stamp_of
+from dtr.datasets.formats import START_BYTES, Format
 from dtr.datasets.listing import expand, index_of, static_folder
 from dtr.datasets.spec import FileFacts
-from dtr.errors import ConfigError, DatasetMismatch, InvalidInput, NotFound
+from dtr.errors import ConfigError, DatasetMismatch, DataUnavailable, DtrError, InvalidInput, NotFound
 from dtr.placement import MAX_SHARDS
 
 __all__ = ["Found", "find_files", "measure_files"]
@@ -29,19 +30,20 @@ log = logging.getLogger(__name__)
 _THREADS = 8
 _TELL_S = 5.0
 _INDEX = "index.json"
+_MAX_INDEX_BYTES = 512 << 20  # 500 bytes for each of the most files that there may be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """The files of a data set, sorted by name, before anyone looked inside.
 
-    ``stamps`` holds (size in bytes, mtime in ns) of each, the latter 0 in a store; ``counts`` the samples of those that an index lists.
+    ``stamps`` are theirs in the same order; ``counts`` has the samples of those that an index lists.
     """
 
     path: str
     folder: str
     files: tuple[str, ...]
-    stamps: tuple[tuple[int, int], ...]
+    stamps: tuple[Stamp, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -53,8 +55,9 @@ def find_files(path: Any, format: Format) -> Found:
     as what it is without ``.gz``, ``.zst`` or ``.zstd``.
 
     Raises:
-        InvalidInput: there is nothing at the path, nothing in it, or no file of this format.
+        InvalidInput: there is nothing at the path, nothing in it, or no file of this format; or one is named twice.
         DatasetMismatch: a file cannot be looked at; the message names it.
+        DataUnavailable, StoreUnavailable, StoreRefused: this host, or the store, does not let us look.
     """
     where = _absolute(path)
     if is_remote(where):
@@ -72,6 +75,9 @@ def find_files(path: Any, format: Format) -> Found:
     if len(files) > MAX_SHARDS:
         raise InvalidInput(f"path: {where} holds {len(files):,} files; at most {MAX_SHARDS:,} are supported", field="path")
     files = sorted(files)
+    for one, next_one in itertools.pairwise(files):
+        if one == next_one:
+            raise InvalidInput(f"path: {where} names {one} twice; each file belongs to a data set once", field="path")
     return Found(path=where, folder=folder, files=tuple(files), stamps=_stamps(folder, files), counts=counts)
 
 
@@ -106,19 +112,22 @@ def measure_files(found: Found, format: Format, shard_size: int) -> tuple[FileFa
 
 
 def _absolute(path: Any) -> str:
-    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str) or not text or "\0" in text:
-        raise InvalidInput(f"path must be the path of a file or folder, or a store's URL, got {path!r}", field="path")
+    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str) or not text.isprintable() or not text:
+        raise InvalidInput(f"path must be the path of a file or folder, or a store's URL, in one line, got {path!r}", field="path")
     if text.startswith("file://"):
-        return os.path.abspath(urlsplit(text).path)
+        return os.path.abspath(unquote(urlsplit(text).path))
     return text if is_remote(text) else os.path.abspath(text)
 
 
 def _find_below(folder: str, format: Format) -> tuple[str, list[str], Mapping[str, int]]:
+    path = os.path.join(folder, _INDEX)
     try:
-        with open(os.path.join(folder, _INDEX), "rb") as index:
-            listed = index_of(index.read(), format.name, os.path.join(folder, _INDEX))
+        with open(path, "rb") as index:
+            listed = index_of(index.read(_MAX_INDEX_BYTES), format.name, path)
     except FileNotFoundError:
         listed = {}
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
     if listed:
         names = {names[0] if os.path.exists(os.path.join(folder, names[0])) else names[-1]: count for names, count in listed.items()}
         return folder, list(names), names
@@ -134,6 +143,8 @@ def _find_remote(url: str, format: Format) -> tuple[str, list[str], Mapping[str,
     parent, _, last = base.rpartition("/")
     if "{" in base:
         folder = static_folder(base)
+        if not is_remote(folder):
+            raise InvalidInput(f"path: {base!r} has braces in the name of the bucket; only what follows it may have some", field="path")
         return f"{folder}{mark}{query}", [one[len(folder) + 1 :] for one in expand(base)], {}
     if _is_of(last, format):
         return f"{parent}{mark}{query}", [last], {}
@@ -184,58 +195,72 @@ def _what_is_in(folder: str, format: Format) -> str:
     return f"{folder} holds no {wanted} file for format {format.name!r}; it holds {len(others):,} others such as {others[0]}"
 
 
-def _stamps(folder: str, files: Sequence[str]) -> tuple[tuple[int, int], ...]:
+def _stamps(folder: str, files: Sequence[str]) -> tuple[Stamp, ...]:
     if not is_remote(folder):
         return tuple(_stamp(os.path.join(folder, file)) for file in files)
-    store = remote_store(folder)
 
-    def size_of(file: str) -> tuple[int, int]:
+    def stamp(file: str) -> Stamp:
         try:
-            return store.size(file), 0
+            return stamp_of(folder, file)
         except NotFound as exc:
             raise DatasetMismatch(f"{folder.partition('?')[0]}/{file} is not there", file=file) from exc
 
     with ThreadPoolExecutor(_THREADS, "dtr-look") as pool:
-        return tuple(pool.map(size_of, files))
+        return tuple(pool.map(stamp, files))
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def _stamp(path: str) -> Stamp:
+    if not path.isprintable():  # neither are bytes that are no UTF-8
+        raise DatasetMismatch(f"{path!r}: the name of a data file must be UTF-8 in one line; rename it", file=path)
     try:
-        path.encode()
         facts = os.stat(path)
-    except UnicodeEncodeError as exc:
-        raise DatasetMismatch(f"{path!r}: the name of a data file must be UTF-8; rename it", file=path) from exc
     except OSError as exc:
-        raise DatasetMismatch(f"{path} cannot be read: {exc.strerror}", file=path) from exc
+        raise _unreadable(path, exc) from exc
     if not stat.S_ISREG(facts.st_mode):
         raise DatasetMismatch(f"{path} is no ordinary file", file=path)
-    return facts.st_size, facts.st_mtime_ns
+    return Stamp(size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns)
 
 
 def _measured(found: Found, format: Format, shard_size: int, number: int) -> FileFacts:
-    file, (size_bytes, mtime_ns) = found.files[number], found.stamps[number]
-    path, counted = os.path.join(found.folder, file), found.counts.get(file)
-    if counted is not None and not format.has_marks:
-        return FileFacts(file=file, samples=counted, size_bytes=size_bytes, mtime_ns=mtime_ns)
+    file, stamp = found.files[number], found.stamps[number]
+    path, counted = os.path.join(found.folder.partition("?")[0] if is_remote(found.folder) else found.folder, file), found.counts.get(file)
     copied = is_remote(found.folder) or bool(compression_of(file))
+    if copied and counted is not None and not format.has_marks:
+        promised = format.promised(first_bytes(found.folder, file, stamp, START_BYTES))
+        _check_count(path, counted, promised)  # a look at its beginning, instead of a copy of it all
+        return _facts(file, stamp, samples=counted)
     try:
-        with _open(found, number) if copied else open(path, "rb") as opened:
+        with copies().open(found.folder, file, stamp) if copied else open(path, "rb") as opened:
             before = os.fstat(opened.fileno())
             measure = format.measure(opened, shard_size)
             after = os.fstat(opened.fileno())
-            now = (size_bytes, mtime_ns) if is_remote(found.folder) else _stamp(path)
+            now = stamp if is_remote(found.folder) else _stamp(path)
+    except DtrError:  # FolderFull is an OSError, too
+        raise
     except OSError as exc:
-        raise DatasetMismatch(f"{path} cannot be read: {exc.strerror}", file=path) from exc
-    if before.st_size != after.st_size or now != (size_bytes, mtime_ns):
+        raise _unreadable(path, exc) from exc
+    except MemoryError as exc:
+        raise DataUnavailable(f"{path}: there is not memory enough to count its samples", file=path) from exc
+    if before.st_size != after.st_size or now != stamp:
         raise DatasetMismatch(f"{path} changed while its samples were counted: register it when nobody writes to it", file=path)
-    if counted not in {None, measure.samples}:
-        raise DatasetMismatch(f"{path} holds {measure.samples:,} samples, {_INDEX} says {counted:,}", file=path)
-    plain_bytes = after.st_size if compression_of(file) else 0
+    _check_count(path, counted, measure.samples)
+    return _facts(file, stamp, samples=measure.samples, marks=measure.marks, plain_bytes=after.st_size if compression_of(file) else 0)
+
+
+def _check_count(path: str, counted: int | None, held: int | None) -> None:
+    if counted is not None and held != counted:
+        has = "no samples that can be counted" if held is None else f"{held:,} samples"
+        raise DatasetMismatch(f"{path} holds {has}, {_INDEX} says {counted:,}; correct the index, or remove it", file=path)
+
+
+def _facts(file: str, stamp: Stamp, *, samples: int, marks: tuple[int, ...] = (), plain_bytes: int = 0) -> FileFacts:
     return FileFacts(
-        file=file, samples=measure.samples, size_bytes=size_bytes, mtime_ns=mtime_ns, marks=measure.marks, plain_bytes=plain_bytes
+        file=file, samples=samples, size_bytes=stamp.size_bytes, mtime_ns=stamp.mtime_ns, tag=stamp.tag, marks=marks,
+        plain_bytes=plain_bytes,
     )  # fmt: skip
 
 
-def _open(found: Found, number: int) -> BufferedReader:
-    size_bytes, mtime_ns = found.stamps[number]
-    return copies().open(found.folder, found.files[number], size_bytes=size_bytes, mtime_ns=mtime_ns)
+def _unreadable(path: str, exc: OSError) -> DatasetMismatch | DataUnavailable:
+    if exc.errno in EXHAUSTED:
+        return DataUnavailable(f"{path} cannot be read: this process is out of {EXHAUSTED[exc.errno]} ({exc.strerror})", file=path)
+    return DatasetMismatch(f"{path} cannot be read: {exc.strerror}", file=path)

@@ -38,19 +38,16 @@ class Leased:
 
     shards: tuple[tuple[int, int], ...]
     quarantined: tuple[int, ...]
-    free: int
     dry: bool
 
     @classmethod
     def parse(cls, answer: str) -> Leased:
         """What ledger_lease answered."""
-        counts, leased, bad = answer.split("|")
-        free, dry = counts.split(" ")
+        dry, leased, bad = answer.split("|")
         pairs = [word.partition(":") for word in leased.split()]
         return cls(
             shards=tuple((int(shard), int(fence)) for shard, _, fence in pairs),
             quarantined=tuple(map(int, bad.split())),
-            free=int(free),
             dry=dry == "1",
         )
 
@@ -114,7 +111,7 @@ class Ledger:
         self.session.numbered(
             CHANNEL,
             "ledger_lease",
-            [state.keys.meta, state.keys.roster, state.keys.fences, *keys, self.quarantine_key],
+            [state.keys.meta, state.keys.roster, state.keys.fences, keys.ledger, keys.taken, self.quarantine_key],
             [*self._seat(), have, most, self._leases, from_byte, KEEP_MS, " ".join(map(str, candidates))],
             on_answer=self._granted.append,
         )
@@ -124,7 +121,6 @@ class Ledger:
         return Leased(
             shards=shards,
             quarantined=tuple(shard for answer in answers for shard in answer.quarantined),
-            free=answers[-1].free,
             dry=answers[-1].dry,
         )
 
@@ -152,6 +148,13 @@ class Ledger:
         with translate(self.session.state.url):
             most, dry = self.session.state.redis.hmget(self.keys.ledger, [":most", ":dry"])
         return Verdict(batches=int(most or 0), final=int(dry or 0) >= self.run.world_size)
+
+    def seats(self) -> list[tuple[int, bool]]:
+        """Of each rank: batches that it has samples for, and whether it is dry, so that it will not have more."""
+        ranks = range(self.run.world_size)
+        with translate(self.session.state.url):
+            found: Any = self.session.state.redis.hmget(self.keys.ledger, [f"{what}/{rank}" for what in ("have", "dry") for rank in ranks])
+        return [(int(found[rank] or 0), found[len(ranks) + rank] is not None) for rank in ranks]
 
     def _seat(self) -> list[Any]:
         who = self.session.identity

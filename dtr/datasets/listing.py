@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -15,7 +16,8 @@ from dtr.placement import MAX_SHARDS
 __all__ = ["expand", "index_of", "static_folder"]
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
+_LIMIT = f"at most {MAX_SHARDS:,} are supported"
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})", re.ASCII)
 
 
 def expand(pattern: str) -> list[str]:
@@ -24,15 +26,19 @@ def expand(pattern: str) -> list[str]:
     Raises InvalidInput for braces that are neither, or for too many texts.
     """
     parts = _BRACES.split(pattern)
-    choices = [[part] if number % 2 == 0 else _choices(part, pattern) for number, part in enumerate(parts)]
     if any("{" in fixed or "}" in fixed for fixed in parts[::2]):
-        raise InvalidInput(f"path: the braces of {pattern!r} do not match", field="path")
-    count = 1
-    for some in choices:
-        count *= len(some)
-    if count > MAX_SHARDS:
-        raise InvalidInput(f"path: {pattern!r} stands for {count:,} files; at most {MAX_SHARDS:,} are supported", field="path")
+        raise InvalidInput(f"path: the braces of {_short(pattern)} do not match", field="path")
+    choices, count = list[Sequence[str]](), 1
+    for number, part in enumerate(parts):
+        choices.append([part] if number % 2 == 0 else _choices(part, pattern))
+        count *= len(choices[-1])
+        if count > MAX_SHARDS:  # before the next one is spelt out
+            raise InvalidInput(f"path: {_short(pattern)} stands for {count:,} files or more; {_LIMIT}", field="path")
     return ["".join(words) for words in itertools.product(*choices)]
+
+
+def _short(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
 
 
 def static_folder(pattern: str) -> str:
@@ -54,12 +60,21 @@ def index_of(content: bytes, format: str, name: str) -> dict[tuple[str, ...], in
         if not isinstance(index, dict):
             raise TypeError("it is no JSON object")
         if format == "mds" and "shards" in index:
-            return dict(_mds(shard) for shard in index["shards"])
+            return _once(map(_mds, index["shards"]))
         if format == "tar" and "shardlist" in index:
-            return {(_relative(shard["url"]),): _count(shard["nsamples"]) for shard in index["shardlist"]}
+            return _once(((_relative(shard["url"]),), _count(shard["nsamples"])) for shard in index["shardlist"])
     except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as exc:
         raise DatasetMismatch(f"{name} is no index of {format} files: {exc}", file=name) from exc
     return {}
+
+
+def _once(listed: Iterable[tuple[tuple[str, ...], int]]) -> dict[tuple[str, ...], int]:
+    found: dict[tuple[str, ...], int] = {}
+    for files, samples in listed:
+        if files in found:
+            raise ValueError(f"it lists {files[0]!r} twice")
+        found[files] = samples
+    return found
 
 
 def _mds(shard: Any) -> tuple[tuple[str, ...], int]:
@@ -71,7 +86,7 @@ def _mds(shard: Any) -> tuple[tuple[str, ...], int]:
 
 def _relative(name: Any) -> str:
     path = os.path.normpath(str(name).removeprefix("./"))
-    if path.startswith(("/", "..")) or "://" in path or not isinstance(name, str):
+    if path.startswith(("/", "..")) or "://" in path or "\0" in path or not isinstance(name, str):
         raise ValueError(f"it names {name!r}, which is not below it")
     return path
 
@@ -86,9 +101,11 @@ def _choices(inside: str, pattern: str) -> list[str]:
     bounds = _RANGE.fullmatch(inside)
     if bounds is not None:
         low, high = int(bounds[1]), int(bounds[2])
-        if high < low or high - low >= MAX_SHARDS:
-            raise InvalidInput(f"path: {{{inside}}} in {pattern!r} is no range of files", field="path")
+        if high < low:
+            raise InvalidInput(f"path: {{{inside}}} in {_short(pattern)} runs backwards; expected {{000..127}}", field="path")
+        if high - low >= MAX_SHARDS:
+            raise InvalidInput(f"path: {{{inside}}} in {_short(pattern)} stands for {high - low + 1:,} files; {_LIMIT}", field="path")
         return [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
     if "," not in inside:
-        raise InvalidInput(f"path: {{{inside}}} in {pattern!r} must be {{000..127}} or {{a,b}}", field="path")
+        raise InvalidInput(f"path: {{{inside[:80]}}} in {_short(pattern)} must be {{000..127}} or {{a,b}}", field="path")
     return inside.split(",")

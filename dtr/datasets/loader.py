@@ -4,25 +4,44 @@ Guarantees, for the batches that the trainer reports with ``agent.step(batch)``:
 once by the surviving lineage, whatever dies and however many ranks there are afterwards; in deterministic mode the sequence of global
 batches is a function of (seed, epoch, global batch size) and the data set alone. Excepted is only what the data state has on record.
 Every rank yields as many batches in an epoch of a run. Reading ahead is not consuming.
+
+Who reads, and who talks to Redis::
+
+    for batch in loader                          a thread of this process leases and reads; with processes=N, N processes read
+    DataLoader(loader.reader(),                  torch's workers, forked or spawned, read; ``sampler`` is drawn in this process,
+               sampler=loader.orders(workers=N), which leases
+               batch_size=None, num_workers=N)
+
+In each, the process that trains is alone in the run: it leases, hands out orders, and reports. Whoever else reads is given a
+`dtr.datasets.fetch.Reader` and orders, knows files only, and may die or be started anew.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from dtr.datasets import ranges
-from dtr.datasets.batch import Batch, SampleRange, ranges_text
+import orjson
+
+from dtr.datasets.batch import Batch, Order
 from dtr.datasets.consumption import Consumption
 from dtr.datasets.datastate import Cursor, DataState, Dynamic, merged, parse
-from dtr.datasets.feed import Plan, Stopped, Surroundings, deterministic_batches, dynamic_batches
-from dtr.datasets.ledger import KEEP_MS, Ledger
+from dtr.datasets.feed import Stopped, Surroundings, deterministic_orders, dynamic_orders
+from dtr.datasets.fetch import Reader
+from dtr.datasets.goingon import going_on, with_whole_shards
+from dtr.datasets.handout import Handout
+from dtr.datasets.ledger import Ledger
+from dtr.datasets.plan import Plan, Reading
+from dtr.datasets.processes import read_by_processes
 from dtr.datasets.readahead import ReadAhead
 from dtr.datasets.reports import Reports
-from dtr.errors import DataConflict, ForkedProcess, RosterChanged
+from dtr.datasets.skipping import Skipping
+from dtr.datasets.speed import pace_of
+from dtr.datasets.standing import standing
+from dtr.errors import DataConflict, ForkedProcess, RosterChanged, StateCorrupt
 from dtr.failpoints import failpoint
 from dtr.session import Session
 
@@ -33,40 +52,66 @@ __all__ = ["Loader"]
 
 log = logging.getLogger(__name__)
 
-OLD: Final = 8  # batches of which the ledger keeps each one's ranges; what is older is in sums by shard
+STATE: str = "dtr_data"  # the one key of `Loader.state_dict`
 
 
 class Loader:
     """Iterates over this rank's batches; made by ``agent.loader``.
 
     It belongs to the run in which it was made: when that ends, it raises RosterChanged, and a new loader in the next run goes on from
-    what was restored. A loop that was left may be entered again, and goes on. Not for several threads, nor for a forked child.
+    what was restored. A loop that was left may be entered again, and goes on; `close`, or leaving ``with loader:``, lets go of its thread
+    and processes, and what they had read is nobody's until the run ends. Not for several threads, nor for a forked child.
 
     Args:
         session: in a run.
-        plan: what to load, and how.
+        plan: what to load.
         base: where it goes on: what was consumed before this run.
         reports: of this process.
-        prefetch: batches that wait, read, at most; beside them in memory are the shards that they come from, and one more.
+        reading: how to read ahead.
         mutex: guards ``consumption``, which saves look at.
     """
 
-    def __init__(self, session: Session, plan: Plan, base: DataState, *, reports: Reports, prefetch: int, mutex: Lock) -> None:
-        self.plan, self.base, self.prefetch = plan, base, prefetch
+    def __init__(self, session: Session, plan: Plan, base: DataState, *, reports: Reports, reading: Reading, mutex: Lock) -> None:
+        self.plan, self.reading = plan, reading
         self._session, self._run, self._mutex, self._pid = session, session.run, mutex, os.getpid()
-        self.consumption = Consumption(base, lambda shard: len(plan.dataset.shard(shard)))
+        self._skipping = Skipping(session, plan.dataset, base.skips)
         self._reports = reports
-        self._around = Surroundings(session=session, note=self._note, have=self._have, leased=self._leased)
-        self._ahead = self._reading()
-        self._fences: dict[tuple[int, int], int] = {}  # (epoch, shard) -> fence
-        self._sums: dict[int, ranges.Ranges] = {}  # of the epoch that reports are about
-        self._recent: deque[tuple[int, tuple[SampleRange, ...]]] = deque()
-        self._told_epoch = -1
-        self._step = ""
-        self._started = False
+        self._pace = pace_of(session, plan.dataset.spec.name)
+        self._way = ""  # how batches are taken: once it is known, it stays
+        self._drawn: dict[tuple[int, int], Order] = {}  # orders that were not consumed yet
+        self._lanes = max(1, reading.processes)
+        self.exhausted = False
+        self._closed = False
+        self._at: tuple[int, int] | None = None  # epoch and number of the batch that was consumed last
+        self._begin(base)
+
+    def _begin(self, base: DataState) -> None:
+        plan = self.plan
+        self.base = base
+        self.consumption = Consumption(base, lambda shard: len(plan.dataset.shard(shard)), lambda: self._skipping.known)
+        self._handout = Handout(self._session, plan, base, self._reports, self._samples)
+        self._reader = Reader(plan, self.reading, lanes=self._lanes)
+        self._around = Surroundings(
+            session=self._session, skipping=self._skipping, note=self._note, have=self._handout.have, leased=self._handout.leased,
+            probe=self._probe,
+        )  # fmt: skip
+        name = f"dtr-load-{plan.dataset.spec.name}"
+        size, stop = self.reading.prefetch, self._around.stop
+        self._batches: ReadAhead[Batch] = ReadAhead(
+            self._read(), ahead=size, name=name, stop=stop, weigh=lambda batch: batch.size_bytes, ahead_bytes=self.reading.prefetch_bytes
+        )
+        self._orders: ReadAhead[Order] = ReadAhead(self._connected(), ahead=size, name=name, stop=stop)
 
     def __repr__(self) -> str:
         return f"Loader({self.plan.dataset.spec.name!r}, run={self._run.id!r}, mode={self.plan.mode!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # --- batches ----------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -77,138 +122,232 @@ class Loader:
         Raises:
             RosterChanged, StaleIncarnation, StateLost: the run ended.
             DatasetMismatch: a file of the data set is gone, or changed since it was registered.
+            DataUnavailable: a process that reads died.
             CoordinatorUnavailable: Redis was away for longer than ``barrier_timeout_s``.
+            DataConflict: the loader was closed, or its orders are drawn by another.
         """
-        self._check()
-        self._started = True
+        self._go("iterate")
+        batch: Batch = self._taken(self._batches)
+        self._hand_out(batch)
+        return batch
+
+    def reader(self) -> Reader:
+        """Makes batches of `orders`, in this process or in another: the data set for ``torch.utils.data.DataLoader``."""
+        return Reader(self.plan, self.reading)
+
+    def orders(self, *, workers: int = 1) -> Orders:
+        """What the next batches are, drawn in this process and read elsewhere: the sampler for ``torch.utils.data.DataLoader``.
+
+        An order counts as handed out when it is drawn. One whose batch was not passed to ``agent.step`` comes again when the orders are
+        iterated over anew, so a ``DataLoader`` that was left half-way loses nothing.
+
+        Args:
+            workers: that read: each is given shards of its own, so that none is read twice. Pass what ``num_workers`` is.
+
+        Raises:
+            DataConflict: this loader is iterated over itself, or was asked for orders with another number of workers.
+            RosterChanged: the run ended.
+        """
+        lanes = max(1, workers)
+        if self._way and lanes != self._lanes:
+            raise DataConflict(f"this loader has orders for {self._lanes} workers, and {workers} were asked for", name=self._name)
+        self._lanes = lanes
+        self._go("orders", begin=False)
+        return Orders(self)
+
+    def draw(self) -> Generator[Order]:
+        """Orders from where the drawing stands; see `orders`."""
+        self._go("orders")
+        yield from list(self._drawn.values())
+        while True:
+            self._go("orders")
+            try:
+                order = self._taken(self._orders)
+            except StopIteration:
+                return
+            self._drawn[order.epoch, order.number] = order
+            self._hand_out(order)
+            yield order
+
+    def _taken(self, source: ReadAhead[Any]) -> Any:
         try:
-            batch = self._ahead.take(self._check)
+            return source.take(self._check)
         except Stopped:
-            self._check()
-            raise StopIteration from None
+            self._go(self._way)
+            raise
+        except StopIteration:
+            self.exhausted = True
+            raise
+
+    def _hand_out(self, batch: Batch | Order) -> None:
         with self._mutex:
             self.consumption.hand_out(batch)
         failpoint("load.before_report")
-        self._report(batch)
+        self._handout.give(batch)
         failpoint("load.after_report")
-        return batch
+
+    def _read(self) -> Generator[Batch]:
+        orders = self._connected()
+        if self.reading.processes:
+            yield from read_by_processes(self._reader, orders, self.reading, self._around.check)
+        else:
+            yield from map(self._reader, orders)
+
+    def _connected(self) -> Generator[Order]:
+        """The reading thread also sees to the connection of the reports, which the trainer must not wait for."""
+        base, around = self.base, self._around
+        if isinstance(base, Cursor):
+            orders = deterministic_orders(self.plan, base, around)
+        else:
+            orders = dynamic_orders(self.plan, base, around, self._lanes)
+        self._reports.connect()
+        for order in orders:
+            self._reports.connect()
+            yield order
+
+    def _probe(self, shard: int) -> str:
+        """Where this thread reads as well, a shard is read as soon as it is leased, so that a bad one is found before it counts."""
+        return self._reader.probe(shard) if self._way == "iterate" and not self.reading.processes else ""
 
     # --- resuming ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was consumed before this run and by this rank in it, for whoever keeps it: JSON.
+        """Where all ranks stand after the batch that this one consumed last: one entry, text, the same on every rank.
 
-        A checkpoint of dtr holds the state of all ranks merged, and restoring sets it, so nobody needs this there. Elsewhere keep the
-        dict of every rank.
+        With `load_state_dict` this is torch's Stateful protocol, so ``torch.distributed.checkpoint`` and others keep a loader like a
+        model: any number of ranks resumes from it. A checkpoint of dtr needs it not, since it has the data state by itself. Every rank
+        takes it at the same step. In dynamic mode the ledger is asked for the other ranks' consumption, which takes a round trip or three
+        and waits for ranks that are behind. What other ranks padded or dropped is not on record in it.
+
+        Raises:
+            DataConflict: a rank is behind by more than ``barrier_timeout_s``.
+            StateCorrupt: a rank is ahead by more than 8 batches.
+            RosterChanged, CoordinatorUnavailable: the run ended, or Redis is away.
         """
+        self._check()
+        found = self._standing()
+        if isinstance(found, Dynamic):
+            found = with_whole_shards(self.plan, found)
+        return {STATE: orjson.dumps(found.to_json(), option=orjson.OPT_SORT_KEYS).decode()}
+
+    def _standing(self) -> DataState:
+        spec, base = self.plan.dataset.spec, self.base
         with self._mutex:
             own = self.consumption.state()
-        return merged(self.plan.dataset.spec.name, [self.base, own]).to_json()
+        mine = merged(spec.name, [base, own])
+        if isinstance(base, Cursor) or not isinstance(own, Dynamic) or self._at is None:
+            return mine
+        epoch, number = self._at
+        if self.exhausted and self.plan.epochs is not None and not self._drawn:
+            return Dynamic(
+                version=spec.version, digest=spec.digest, seed=self.plan.seed, epoch=self.plan.epochs, notes=mine.notes, skips=mine.skips
+            )
+        if self._run.world_size == 1:
+            return mine
+        start = base if base.epoch == epoch else Dynamic(version=spec.version, digest=spec.digest, seed=base.seed, epoch=epoch)
+        found = standing(Ledger(self._session, spec, epoch), start, own, number)
+        return merged(spec.name, [base, found]) if base.epoch != epoch else found
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Go on from a state before the first batch: from the dict of this rank alone, or better from those of all ranks, as a list.
+        """Go on from what `state_dict` gave, before the first batch; of several, as a list, from all they consumed together.
 
-        Every rank must give the same list; a rank that gives another is refused when it begins.
+        Every rank must give the same; a rank that gives another is refused when it begins.
 
         Raises:
             DataConflict: batches were taken already, or the states are of another data set or sequence.
             StateCorrupt: it is no state.
         """
-        if self._started:
-            raise DataConflict("load_state_dict() must come before the first batch of this run", name=self.plan.dataset.spec.name)
+        if self._way:
+            raise DataConflict("load_state_dict() must come before the first batch of this run", name=self._name)
         states = [state] if isinstance(state, Mapping) else list(state)
-        name = self.plan.dataset.spec.name
-        base = merged(name, [parse(name, one) for one in states])
-        self.base = going_on(self.plan, base)
-        self.consumption = Consumption(self.base, lambda shard: len(self.plan.dataset.shard(shard)))
-        self._ahead = self._reading()
+        self._begin(going_on(self.plan, merged(self._name, [self._parsed(one) for one in states])))
+        self._skipping.restored(self.base.skips)
 
-    def _reading(self) -> ReadAhead[Batch]:
-        around = self._around
-        batches = (
-            deterministic_batches(self.plan, self.base, around)
-            if isinstance(self.base, Cursor)
-            else dynamic_batches(self.plan, self.base, around)
-        )
-        return ReadAhead(self._connected(batches), ahead=self.prefetch, name=f"dtr-load-{self.plan.dataset.spec.name}", stop=around.stop)
-
-    def _connected(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The reading thread also sees to the connection of the reports, which the trainer must not wait for."""
-        self._reports.connect()
-        for batch in batches:
-            self._reports.connect()
-            yield batch
+    def _parsed(self, state: Mapping[str, Any]) -> DataState:
+        text = state.get(STATE) if isinstance(state, Mapping) else None
+        if not isinstance(text, str):
+            raise StateCorrupt(f"the state of a loader is {{{STATE!r}: text}}, as state_dict() gives it, got {str(state)[:60]!r}")
+        try:
+            return parse(self._name, orjson.loads(text))
+        except orjson.JSONDecodeError as exc:
+            raise StateCorrupt(f"the state of the loader of {self._name!r} is no JSON: {exc}") from exc
 
     # --- what is told -----------------------------------------------------------------------------------------------
 
     def consume(self, batch: Batch, step: int) -> None:
-        """The trainer consumed a batch of this loader; called by ``agent.step``."""
+        """The trainer consumed a batch of this loader; called by ``agent.step``.
+
+        Raises InvalidInput if it was reported before.
+        """
         with self._mutex:
             self.consumption.consume(batch)
-        self._step = str(step)
+        self._drawn.pop((batch.epoch, batch.number), None)
+        self._at = (batch.epoch, batch.number)
+        for shard, reason in batch.unread:
+            if (batch.epoch, shard) not in self._around.unread:
+                self._around.unread.add((batch.epoch, shard))
+                self._handout.unreadable(batch.epoch, shard, reason)
+            self._note("quarantined", batch.epoch, shard, reason)
+        self._handout.consumed(batch, step)
+        self._pace.consumed(batch, self._run, self._reports)
+
+    @property
+    def most_in_flight(self) -> int:
+        """Samples that may well be on their way through one step: handed out, and not reported yet."""
+        return self.plan.batch_size * (1 + self.reading.prefetch + 4 * self._lanes)
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Batches that were read and not taken yet, and their bytes."""
+        return self._batches.waiting
 
     def _note(self, kind: str, epoch: int, shard: int, text: str) -> None:
         with self._mutex:
             self.consumption.note(kind, epoch, shard, text)
 
-    def _leased(self, epoch: int, shard: int, fence: int) -> None:
-        self._fences[epoch, shard] = fence
-
-    def _have(self, ledger: Ledger, batches: int) -> None:
-        self._reports.send("ledger_report", self._report_keys(ledger.epoch), self._told(batches, "", "", -1, []))
-
-    def _report(self, batch: Batch) -> None:
-        """Tell the ledger what goes out, before the trainer has it."""
-        if batch.epoch != self._told_epoch:
-            self._told_epoch, self._sums = batch.epoch, {}
-            self._recent.clear()
-            self._fences = {key: fence for key, fence in self._fences.items() if key[0] >= batch.epoch}
-        self._recent.append((batch.number, batch.ranges))
-        old, sums = -1, []
-        if len(self._recent) > OLD:
-            old, given = self._recent.popleft()
-            sums = self._summed(batch.epoch, given)
-        text = ranges_text(batch.ranges) if self.plan.mode == "dynamic" else ""
-        told = self._told(batch.number + 1 if batch.ranges else 0, str(batch.number), text, old, sums)
-        self._reports.send("ledger_report", self._report_keys(batch.epoch), told)
-
-    def _summed(self, epoch: int, given: Sequence[SampleRange]) -> list[Any]:
-        if self.plan.mode != "dynamic":
-            return []
-        for shard, start, stop in given:
-            before = self._sums.get(shard)
-            if before is None:
-                before = self.base.partial.get(shard, ()) if isinstance(self.base, Dynamic) and self.base.epoch == epoch else ()
-            self._sums[shard] = ranges.union(before, ((start, stop),))
-        told: list[Any] = []
-        for shard in dict.fromkeys(shard for shard, _, _ in given):
-            whole = self._sums[shard] == ((0, len(self.plan.dataset.shard(shard))),)
-            told += [shard, self._fences.get((epoch, shard), 0), "" if whole else ranges.format_ranges(self._sums[shard])]
-        return told
-
-    def _report_keys(self, epoch: int) -> list[str]:
-        keys = self._session.state.keys
-        return [keys.roster, *_two(keys.ledger(self.plan.dataset.spec.name, epoch, self._run.id))]
-
-    def _told(self, have: int, batch: str, out: str, old: int, sums: list[Any]) -> list[Any]:
-        who, run = self._session.identity, self._run
+    def _samples(self) -> int:
         with self._mutex:
-            samples = self.consumption.samples
-        return [
-            f"{who.state_id} {run.id}", who.worker_id, run.rank, run.roster[who.worker_id].incarnation, have, self._step, samples, batch,
-            out, old, KEEP_MS, *sums,
-        ]  # fmt: skip
+            return self.consumption.samples
 
     # --- life -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop reading ahead. What was read and not taken is nobody's until the run ends."""
         if self._pid == os.getpid():
-            self._ahead.close()
+            self._closed = True
+            self._batches.close()
+            self._orders.close()
+
+    def join(self, timeout_s: float) -> None:
+        """After `close`: wait for what is being read to be read, so that no thread is in a library's code when the interpreter ends."""
+        if self._pid == os.getpid():
+            self._batches.join(timeout_s)
+            self._orders.join(timeout_s)
+
+    @property
+    def run(self) -> str:
+        """The run that it belongs to."""
+        return self._run.id
+
+    @property
+    def _name(self) -> str:
+        return self.plan.dataset.spec.name
+
+    def _go(self, way: str, *, begin: bool = True) -> None:
+        """Take batches in this way, and in no other from now on."""
+        self._check()
+        if self._closed:
+            raise DataConflict(f"{self!r} was closed: agent.loader() goes on in the next run", name=self._name)
+        if self._way not in ("", way):
+            raise DataConflict(f"{self!r} is taken by `for batch in loader` or by loader.orders(), not by both", name=self._name)
+        if begin:
+            self._way = way
 
     def _check(self) -> None:
         if self._pid != os.getpid():
-            raise ForkedProcess(f"this loader belongs to process {self._pid}: read in the process that trains")
+            raise ForkedProcess(
+                f"this loader belongs to process {self._pid}: a child may have loader.reader(), and orders that process {self._pid} draws"
+            )
         self._session.check()
         if self._session.run.id != self._run.id:
             raise RosterChanged(
@@ -216,35 +355,15 @@ class Loader:
             )
 
 
-def going_on(plan: Plan, base: DataState) -> DataState:
-    """``base`` as the place where ``plan`` goes on; an epoch that is wholly consumed is over.
+class Orders:
+    """What `Loader.orders` gives: iterable as often as one likes, each time from where the drawing stands.
 
-    Raises DataConflict if the state is of another data set, mode or sequence than the plan, naming what differs.
+    Args:
+        loader: whose orders these are.
     """
-    spec = plan.dataset.spec
-    wanted: dict[str, Any] = {"mode": plan.mode, "digest": spec.digest}
-    if plan.mode == "deterministic":
-        wanted |= {"seed": plan.seed, "global_batch_size": plan.batch_size, "window": plan.window, "tail": plan.tail}
-    for what, value in wanted.items():
-        if getattr(base, what, None) != value:
-            raise DataConflict(
-                f"data set {spec.name!r}: the restored data state has {what} {getattr(base, what, None)}, the loader {value}: within an "
-                "epoch neither data set nor mode nor sequence may change",
-                name=spec.name,
-            )
-    if isinstance(base, Cursor):
-        return base
-    whole = ranges.normal(
-        (shard, shard + 1) for shard, held in base.partial.items() if ranges.count(held) == len(plan.dataset.shard(shard))
-    )
-    done = ranges.union(base.done, whole)
-    gone = base.notes.get("quarantined", {}).get(base.epoch, {})
-    left = ranges.minus(((0, spec.shards),), ranges.union(done, ranges.normal((shard, shard + 1) for shard in gone)))
-    if not left:
-        return Dynamic(version=spec.version, digest=spec.digest, seed=plan.seed, epoch=base.epoch + 1, notes=base.notes)
-    partial = {shard: held for shard, held in base.partial.items() if not ranges.contains(done, shard)}
-    return Dynamic(version=spec.version, digest=spec.digest, seed=plan.seed, epoch=base.epoch, done=done, partial=partial, notes=base.notes)
 
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
 
-def _two(keys: Any) -> list[str]:
-    return [keys.ledger, keys.done]
+    def __iter__(self) -> Iterator[Order]:
+        return self._loader.draw()

@@ -2,7 +2,7 @@
 
     restore      sets where the run begins: the merged data state of the checkpoint
     loader       goes on from there
-    step(batch)  consumed, as of this step
+    step(batch)  consumed, as of this step; on record for the time machine (:mod:`dtr.datasets.journal`)
     save         captures this rank's own consumption; rank 0 adds where the run began; the uploader merges all ranks'
 
 A consistent cut needs no coordination beyond that of the save itself: each rank's share is what it consumed through the step that it saves.
@@ -12,28 +12,33 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
 import orjson
 
-from dtr import names
 from dtr.datasets import ranges
 from dtr.datasets.batch import Batch
 from dtr.datasets.datastate import Cursor, DataState, Dynamic, merged, parse, parse_all, shared
-from dtr.datasets.feed import Mode, Plan, Tail
-from dtr.datasets.loader import Loader, going_on
+from dtr.datasets.evaluation import Evaluation
+from dtr.datasets.goingon import going_on
+from dtr.datasets.journal import Account, Journal, Origin, Row, parse_account
+from dtr.datasets.loader import Loader
+from dtr.datasets.plan import Plan, Reading, planned, reading
 from dtr.datasets.registry import DatasetRegistry
 from dtr.datasets.reports import Reports
 from dtr.datasets.spec import Dataset
 from dtr.errors import DataConflict, DatasetNotFound, InvalidInput, LedgerUnset, StateCorrupt
 from dtr.session import Session
 
-__all__ = ["DataPlane", "captured", "merge_shares", "plane_of", "planned", "tell"]
+__all__ = ["DataPlane", "accounts_of", "captured", "committed", "merge_shares", "plane_of", "tell"]
 
 log = logging.getLogger(__name__)
 
-WINDOW: Final = 1 << 14  # samples that deterministic mode permutes among each other
+STEPS_IN_REDIS: Final = 1000  # of each rank, and fewer where there are very many ranks:
+ENTRIES_IN_REDIS: Final = 100_000
+JOURNAL_KEEP_MS: Final = 86_400_000
+END_S: Final = 5.0  # for one shard to be read to its end
 
 _mutex = threading.Lock()
 
@@ -51,6 +56,13 @@ def captured(session: Session) -> str:
     """This rank's share of the data state as of now, for a save; '' for a process that loads nothing."""
     found = session.attached.get("data")
     return found.captured() if isinstance(found, DataPlane) else ""
+
+
+def committed(session: Session, run: str, step: int) -> None:
+    """The checkpoint of (run, step) is in the store, and what its steps consumed beside it: this process may forget that."""
+    found = session.attached.get("data")
+    if isinstance(found, DataPlane):
+        found.committed(run, step)
 
 
 def tell(session: Session, script: str, keys: Sequence[str], args: Sequence[Any]) -> None:
@@ -74,6 +86,7 @@ class DataPlane:
         self._base: dict[str, DataState] | None = None
         self._loaders: dict[str, Loader] = {}
         self._written: dict[str, tuple[DataState, orjson.Fragment]] = {}
+        self._journal = Journal()
         self._warned = False
         self.reports = Reports(session.settings.redis_url, f"dtr-report-{session.worker_id}")
 
@@ -104,10 +117,15 @@ class DataPlane:
         for loader in loaders:
             loader.close()
         self._base, self._run, self._written = None, "", {}
+        with self._mutex:
+            self._journal = Journal()
 
     def close(self) -> None:
-        """Let go of threads and connections."""
+        """Let go of threads and connections; waits a little for threads, which must not read while the interpreter ends."""
+        loaders = list(self._loaders.values())
         self.end_run()
+        for loader in loaders:
+            loader.join(END_S)
         self.reports.close()
 
     def _start_of(self, plan: Plan) -> DataState:
@@ -133,28 +151,37 @@ class DataPlane:
 
     def loader(
         self, registry: DatasetRegistry, name: str, *, batch_size: Any, global_batch_size: Any, epochs: Any, columns: Any, seed: Any,
-        prefetch: Any, mode: Any, tail: Any, window: Any,
+        mode: Any, tail: Any, window: Any, prefetch: Any, prefetch_bytes: Any = None, processes: Any = 0, start: Any = "spawn",
+        as_torch: Any = False,
     ) -> Loader:  # fmt: skip
         """A loader in the current run; the one that is there already if the same is asked for again. See ``Agent.loader``."""
         self._session.check()
         self._follow()
-        dataset = self._dataset(registry, name)
         plan = planned(
-            dataset, batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns, seed=seed, mode=mode,
-            tail=tail, window=window,
+            self._dataset(registry, name), batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns,
+            seed=seed, mode=mode, tail=tail, window=window,
         )  # fmt: skip
-        ahead = names.positive(prefetch, "prefetch", 10_000)
+        how = reading(prefetch=prefetch, prefetch_bytes=prefetch_bytes, processes=processes, start=start, as_torch=as_torch)
         there = self._loaders.get(name)
         if there is not None:
-            if there.plan != plan:
-                raise InvalidInput(
-                    f"name: run {self._run} has a loader of data set {name!r} with other arguments; a run loads a data set in one way",
-                    field="name",
-                )
-            return there
-        loader = Loader(self._session, plan, self._start_of(plan), reports=self.reports, prefetch=ahead, mutex=self._mutex)
+            return _same(there, plan, how)
+        loader = Loader(self._session, plan, self._start_of(plan), reports=self.reports, reading=how, mutex=self._mutex)
         self._loaders[name] = loader
         return loader
+
+    def evaluation(
+        self, registry: DatasetRegistry, name: str, *, batch_size: Any, global_batch_size: Any, epochs: Any, columns: Any, tail: Any,
+        prefetch: Any, prefetch_bytes: Any, processes: Any, start: Any, as_torch: Any,
+    ) -> Evaluation:  # fmt: skip
+        """Passes beside the training; see ``Agent.evaluation``."""
+        self._session.check()
+        mode = "dynamic" if global_batch_size is None else "deterministic"
+        plan = planned(
+            registry.get(name), batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns, seed=None,
+            mode=mode, tail=tail, window=None if mode == "dynamic" else 1,
+        )  # fmt: skip
+        how = reading(prefetch=prefetch, prefetch_bytes=prefetch_bytes, processes=processes, start=start, as_torch=as_torch)
+        return Evaluation(self._session, plan, how)
 
     def _dataset(self, registry: DatasetRegistry, name: str) -> Dataset:
         """The data set; of an epoch that was begun with an earlier version, that one."""
@@ -187,7 +214,13 @@ class DataPlane:
                 "whatever was made of it for the model",
                 field="batch",
             )
-        for batch in cast("Iterable[Batch]", some):
+        given = cast("Sequence[Batch]", some)
+        for batch in given:
+            if not batch.tracked:
+                raise InvalidInput(
+                    f"batch: it is of an evaluation of data set {batch.dataset!r}, no part of the training: leave it out of step()",
+                    field="batch",
+                )
             loader = self._loaders.get(batch.dataset)
             if loader is None or batch.run != self._run:
                 raise InvalidInput(
@@ -196,6 +229,33 @@ class DataPlane:
                     field="batch",
                 )
             loader.consume(batch, step)
+        self._note(given, step)
+
+    def _note(self, batches: Sequence[Batch], step: int) -> None:
+        """Put on record which batches a step consumed: here until they are in the store, and in Redis for who asks before."""
+        run, found = self._session.run, dict[str, list[Row]]()
+        for batch in batches:
+            row = Row.of(step, batch, by_order=self._loaders[batch.dataset].plan.mode == "deterministic")
+            found.setdefault(batch.dataset, []).append(row)
+        if not found:
+            return
+        accounts: list[str] = []
+        for name, rows in found.items():
+            origin = Origin.of(self._loaders[name].base, run.world_size)
+            with self._mutex:
+                for row in rows:
+                    self._journal.add(name, origin, row, run.world_size)
+            accounts += [name, orjson.dumps(Account(origin=origin, rows=tuple(rows)).to_json()).decode()]
+        who, keys = self._session.identity, self._session.state.keys
+        keep = max(16, min(STEPS_IN_REDIS, ENTRIES_IN_REDIS // run.world_size))
+        seat = [f"{who.state_id} {run.id}", who.worker_id, run.rank, run.roster[who.worker_id].incarnation]
+        self.reports.send("journal_note", [keys.roster, keys.journal(run.id, run.rank)], [*seat, step, keep, JOURNAL_KEEP_MS, *accounts])
+
+    def committed(self, run: str, step: int) -> None:
+        """See :func:`committed`."""
+        if run == self._run:
+            with self._mutex:
+                self._journal.forget(step)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -206,12 +266,15 @@ class DataPlane:
             return ""
         with self._mutex:
             own = {name: loader.consumption.state() for name, loader in self._loaders.items()}
+            steps = {name: account for name in own if (account := self._journal.to_json(name)) is not None}
             left = sum(loader.consumption.unreported() for loader in self._loaders.values())
-            size = max((len_of(loader) for loader in self._loaders.values()), default=0)
+            size = max((loader.most_in_flight for loader in self._loaders.values()), default=0)
         if left > 2 * size and not self._warned:
             self._warned = True
             log.warning("%d samples were handed out and not reported: pass each batch to step(), or they will be read again", left)
         share: dict[str, dict[str, Any]] = {name: {"own": state.to_json()} for name, state in own.items()}
+        for name, account in steps.items():
+            share[name]["steps"] = account
         if run.rank == 0:
             for name, state in {**(self._base or {}), **{name: loader.base for name, loader in self._loaders.items()}}.items():
                 share.setdefault(name, {})["before"] = self._before(name, state)
@@ -225,9 +288,22 @@ class DataPlane:
         return known[1]
 
 
-def len_of(loader: Loader) -> int:
-    """Samples that may be on their way through one step."""
-    return loader.plan.batch_size * (1 + loader.prefetch)
+def _same(there: Loader, plan: Plan, how: Reading) -> Loader:
+    """The loader that the run has, if it is what was asked for; raises InvalidInput that says why it is not."""
+    name, pairs = plan.dataset.spec.name, ((there.plan, plan), (there.reading, how))
+    differs = [key for held, asked in pairs for key in held.__slots__ if getattr(held, key) != getattr(asked, key)]
+    if differs:
+        raise InvalidInput(
+            f"name: run {there.run} has a loader of data set {name!r} with another {', '.join(differs)}; a run loads a data set in one way",
+            field="name",
+        )
+    if there.exhausted:
+        raise InvalidInput(
+            f"name: the loader of data set {name!r} is at its end: epochs={plan.epochs} counts the epochs of the whole lineage. For a pass "
+            f"that is made again and again, such as validation, take agent.evaluation({name!r}, ...)",
+            field="name",
+        )
+    return there
 
 
 def merge_shares(shares: Mapping[int, str]) -> dict[str, Any]:
@@ -248,8 +324,15 @@ def merge_shares(shares: Mapping[int, str]) -> dict[str, Any]:
     return {name: state.to_json() for name, state in sorted(found.items())}
 
 
+def accounts_of(shares: Mapping[int, str]) -> dict[int, dict[str, Account]]:
+    """What each rank's share says of its steps: rank -> data set -> rows. Raises StateCorrupt."""
+    return {
+        rank: {name: parse_account(of["steps"]) for name, of in _parsed(rank, shares[rank]).items() if "steps" in of} for rank in shares
+    }
+
+
 def _parsed(rank: int, share: str) -> Mapping[str, Mapping[str, Any]]:
-    """A rank's share: data set -> its ``own`` state and, of rank 0, that ``before`` the run."""
+    """A rank's share: data set -> its ``own`` state, the ``steps`` of it, and, of rank 0, the state ``before`` the run."""
     try:
         found = orjson.loads(share) if share else {}
     except orjson.JSONDecodeError as exc:
@@ -272,36 +355,3 @@ def _check_disjoint(name: str, rank: int, others: DataState, state: DataState) -
             f"epoch {others.epoch}: every rank must pass each batch to step()",
             name=name,
         )
-
-
-def planned(
-    dataset: Dataset, *, batch_size: Any, global_batch_size: Any, epochs: Any, columns: Any, seed: Any, mode: Any, tail: Any, window: Any
-) -> Plan:
-    """The arguments of a loader, checked; raises InvalidInput that names the one which is wrong."""
-    if mode not in ("dynamic", "deterministic"):
-        raise InvalidInput(f"mode must be 'dynamic' or 'deterministic', got {mode!r}", field="mode")
-    known = ("empty", "pad", "drop") if mode == "deterministic" else ("empty", "pad")
-    if tail not in known:
-        raise InvalidInput(f"tail must be {' or '.join(map(repr, known))} in {mode} mode, got {tail!r}", field="tail")
-    given, other = ("global_batch_size", "batch_size") if mode == "deterministic" else ("batch_size", "global_batch_size")
-    sizes = {"batch_size": batch_size, "global_batch_size": global_batch_size}
-    if sizes[other] is not None or sizes[given] is None:
-        raise InvalidInput(
-            f"{given} is what {mode} mode takes, not {other}: "
-            + ("the sequence of global batches must not depend on the number of ranks" if mode == "deterministic" else "of each rank"),
-            field=given if sizes[given] is None else other,
-        )
-    if columns is not None and (isinstance(columns, str) or not all(isinstance(column, str) for column in columns)):
-        raise InvalidInput(f"columns must be a list of names, got {columns!r}", field="columns")
-    if window is not None and mode != "deterministic":
-        raise InvalidInput("window belongs to deterministic mode: leave it out", field="window")
-    return Plan(
-        dataset=dataset,
-        mode=cast("Mode", mode),
-        batch_size=names.positive(sizes[given], given, 1 << 31),
-        epochs=None if epochs is None else names.positive(epochs, "epochs"),
-        columns=None if columns is None else tuple(columns),
-        seed=dataset.spec.seed if seed is None else names.step(seed, "seed"),
-        window=(WINDOW if window is None else names.step(window, "window")) if mode == "deterministic" else 1,
-        tail=cast("Tail", tail),
-    )

@@ -1,10 +1,10 @@
-"""Items made by a thread ahead of who takes them: so many and no more."""
+"""Items made by a thread ahead of who takes them: so many, and so many bytes of them, and no more."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
 __all__ = ["ReadAhead"]
@@ -12,19 +12,29 @@ __all__ = ["ReadAhead"]
 T = TypeVar("T")
 
 
+def _weightless(_: object) -> int:
+    return 0
+
+
 class ReadAhead(Generic[T]):
-    """Drives an iterator in a thread. The thread begins at the first `take`, and ends with the iterator or with `close`.
+    """Drives a generator in a thread. The thread begins at the first `take`, ends with the generator or with `close`, and closes it.
 
     Args:
         items: made in the thread; what it raises is raised by the `take` that comes to it.
         ahead: items that wait at most; one more may be in the making.
         name: of the thread.
-        stop: set by `close`, for an iterator that waits.
+        stop: set by `close`, for a generator that waits.
+        weigh: bytes of an item.
+        ahead_bytes: that wait at most; one item may wait however large.
     """
 
-    def __init__(self, items: Iterator[T], *, ahead: int, name: str, stop: threading.Event) -> None:
+    def __init__(
+        self, items: Generator[T], *, ahead: int, name: str, stop: threading.Event, weigh: Callable[[T], int] = _weightless,
+        ahead_bytes: int = 1,
+    ) -> None:  # fmt: skip
         self._items, self._ahead, self._stop = items, ahead, stop
-        self._ready: deque[T] = deque()
+        self._weigh, self._ahead_bytes, self._bytes = weigh, ahead_bytes, 0
+        self._ready: deque[tuple[T, int]] = deque()
         self._changed = threading.Condition()
         self._over = False
         self._error: BaseException | None = None
@@ -34,22 +44,28 @@ class ReadAhead(Generic[T]):
     def take(self, check: Callable[[], None], look_s: float = 0.2) -> T:
         """The next item; waits for it, and calls ``check`` each ``look_s`` seconds meanwhile.
 
-        Raises StopIteration at the end, and whatever the iterator or ``check`` raised.
+        Raises StopIteration at the end, and whatever the generator or ``check`` raised.
         """
         with self._changed:
-            if not self._started:
+            if not self._started and not self._over:
                 self._started = True
                 self._thread.start()
             while not self._ready and not self._over:
                 if not self._changed.wait(look_s):
                     check()
             if self._ready:
-                item = self._ready.popleft()
+                item, weight = self._ready.popleft()
+                self._bytes -= weight
                 self._changed.notify_all()
                 return item
             if self._error is not None:
                 raise self._error
             raise StopIteration
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Items that wait, and their bytes."""
+        return len(self._ready), self._bytes
 
     def close(self) -> None:
         """Have the thread end; does not wait for it. What was made ahead is dropped."""
@@ -57,6 +73,7 @@ class ReadAhead(Generic[T]):
             self._stop.set()
             self._over = True
             self._ready.clear()
+            self._bytes = 0
             self._changed.notify_all()
 
     def join(self, timeout_s: float) -> bool:
@@ -68,15 +85,22 @@ class ReadAhead(Generic[T]):
     def _run(self) -> None:
         try:
             for item in self._items:
+                weight = self._weigh(item)
                 with self._changed:
-                    self._changed.wait_for(lambda: len(self._ready) < self._ahead or self._over)
+                    self._changed.wait_for(lambda weight=weight: self._over or self._has_room(weight))  # type: ignore[misc]
                     if self._over:
                         return
-                    self._ready.append(item)
+                    self._ready.append((item, weight))
+                    self._bytes += weight
                     self._changed.notify_all()
+                del item  # what was taken is its taker's alone
         except BaseException as exc:  # it belongs to who takes
             self._error = exc
         finally:
+            self._items.close()
             with self._changed:
                 self._over = True
                 self._changed.notify_all()
+
+    def _has_room(self, weight: int) -> bool:
+        return not self._ready or (len(self._ready) < self._ahead and self._bytes + weight <= self._ahead_bytes)

@@ -22,8 +22,8 @@ from dtr.config import LauncherEnvironment, Settings
 from dtr.datasets.assignment import Assignment
 from dtr.datasets.counting import alone
 from dtr.datasets.declared import check_total, dataset_of, declare, is_registered
-from dtr.datasets.files import find_files, measure_files
-from dtr.datasets.formats import make_format
+from dtr.datasets.files import Found, find_files, measure_files
+from dtr.datasets.formats import Format, make_format
 from dtr.datasets.shuffle import epoch_order
 from dtr.datasets.spec import Dataset, DatasetSpec, FileFacts, Shard, digest_of
 from dtr.errors import DatasetMismatch, DatasetNotFound, ForkedProcess, InvalidInput, StateCorrupt
@@ -61,6 +61,7 @@ class DatasetRegistry:
         self._url, self._job = settings.redis_url, settings.job
         self._state = JobState(self._url, self._job, name="dtr-data", client=client)
         self._known: dict[str, Dataset] = {}
+        self._counted: tuple[Found, Format, int, tuple[FileFacts, ...]] | None = None
         self._assignment = Assignment()
         self._session_pid: int | None = None
 
@@ -123,9 +124,17 @@ class DatasetRegistry:
             if current is not None and is_registered(current, declared, found):
                 check_total(declared, current.spec.total_samples, found)
                 return current.spec
-            files = measure_files(found, described, declared.shard_size)
+            files = self._measured(found, described, declared.shard_size)
             check_total(declared, sum(facts.samples for facts in files), found)
-            return self._install(dataset_of(declared, found, files, now_ms=self._state.server_now_ms())).spec
+            spec = self._install(dataset_of(declared, found, files, now_ms=self._state.server_now_ms())).spec
+            self._counted = None
+            return spec
+
+    def _measured(self, found: Found, format: Format, shard_size: int) -> tuple[FileFacts, ...]:
+        """Every file's facts; those that were counted and could not be registered, as Redis was away, are not counted again."""
+        if self._counted is None or self._counted[:3] != (found, format, shard_size):
+            self._counted = (found, format, shard_size, measure_files(found, format, shard_size))
+        return self._counted[3]
 
     def get(self, name: str, version: int | None = None) -> Dataset:
         """A data set with its files: the current version, or an earlier one.
@@ -250,29 +259,39 @@ class DatasetRegistry:
         log.warning("Redis lost data set %s of job %s: registering it again", name, self._job)
         return self._install(known)
 
+    def put_back(self, dataset: Dataset) -> bool:
+        """Make known what Redis has lost, as the version that it was; whether it did. A data set of this name that is there stays as it is.
+
+        Raises CoordinatorUnavailable if Redis cannot be reached.
+        """
+        verdict, _ = self._offer(dataset.spec, 0)
+        if verdict == "stage":
+            self._stage(dataset)
+            verdict, _ = self._offer(dataset.spec, 0)
+        return verdict == "registered"
+
+    def _offer(self, spec: DatasetSpec, current: int) -> tuple[str, int]:
+        """The spec as the version after ``current``: what became of it, and the version that there is."""
+        keys, name = self._state.keys, spec.name
+        verdict, at = self._state.call(
+            "dataset_register",
+            [keys.dataset(name), keys.dataset(name, spec.version), keys.dataset_files(name, spec.digest), keys.datasets, keys.events],
+            [name, spec.digest, current, spec.version, spec.files, *itertools.chain(*spec.to_fields().items())],
+        )
+        return str(verdict), int(at)
+
     def _install(self, dataset: Dataset) -> Dataset:
         """Write the data set as the next version, its own at least, unless it is the current one."""
-        name, digest = dataset.spec.name, dataset.spec.digest
-        keys = self._state.keys
+        name = dataset.spec.name
         current = 0
         for _ in range(_MAX_ATTEMPTS):
             spec = replace(dataset.spec, version=max(current + 1, dataset.spec.version))
-            verdict, at = self._state.call(
-                "dataset_register",
-                [
-                    keys.dataset(name),
-                    self._state.keys.dataset(name, spec.version),
-                    self._state.keys.dataset_files(name, digest),
-                    keys.datasets,
-                    keys.events,
-                ],
-                [name, digest, current, spec.version, spec.files, *itertools.chain(*spec.to_fields().items())],
-            )
+            verdict, at = self._offer(spec, current)
             if verdict in {"same", "registered"}:
                 log.info("data set %s: version %s %s", name, at, verdict)
-                self._known[name] = Dataset(spec=replace(spec, version=int(at)), files=dataset.files)
+                self._known[name] = Dataset(spec=replace(spec, version=at), files=dataset.files)
                 return self._known[name]
-            current = int(at)
+            current = at
             if verdict == "stage":
                 self._stage(dataset)
         raise DatasetMismatch(f"data set {name!r}: other processes keep registering other specs under this name", name=name)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 MOST_UNANSWERED: Final = 1000  # older ones are forgotten: what they said is part of later ones, or is said again by other ways
 RECONNECT_S: Final = 1.0
-SCRIPTS: Final = ("ledger_report", "ckpt_data")
+SCRIPTS: Final = ("ledger_report", "ckpt_data", "journal_note", "speed_note", "ledger_quarantine")
 
 
 class Reports:

@@ -11,16 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import Any
+from urllib.parse import quote, unquote
 
 import orjson
 
-from dtr.datasets.copies import compression_of, copies, is_remote
+from dtr.datasets.cache import EXHAUSTED
+from dtr.datasets.copies import Stamp, compression_of, copies, difference, is_remote
 from dtr.datasets.formats import Columns, Format, Span, format_of_fields
-from dtr.errors import DatasetMismatch, InvalidInput, StateCorrupt
+from dtr.errors import DatasetChanged, DatasetMismatch, DataUnavailable, InvalidInput, StateCorrupt
 
 __all__ = ["Dataset", "DatasetSpec", "FileFacts", "Shard", "digest_of"]
 
-_FACTS = re.compile(r"samples=(\d+) size_bytes=(\d+) mtime_ns=(-?\d+) marks=([\d,]*)(?: plain_bytes=(\d+))?", re.ASCII)
+_FACTS = re.compile(
+    r"samples=(\d{1,18}) size_bytes=(\d{1,18}) mtime_ns=(-?\d{1,20}) marks=((?:\d{1,18}(?:,\d{1,18})*)?)(?: plain_bytes=(\d{1,18}))?"
+    r"(?: tag=(\S+))?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +34,7 @@ class FileFacts:
     """One file as it was when it was registered.
 
     ``marks`` are the bytes at which its shards begin, if samples differ in size; ``plain_bytes`` has its content, if it is compressed,
-    else 0. A file in a store has no ``mtime_ns``: 0.
+    else 0. A file in a store has a ``tag``, such as its ETag, and no ``mtime_ns``: 0.
     """
 
     file: str
@@ -37,11 +43,18 @@ class FileFacts:
     mtime_ns: int
     marks: tuple[int, ...] = ()
     plain_bytes: int = 0
+    tag: str = ""
+
+    @property
+    def stamp(self) -> Stamp:
+        """What it must still have when it is read."""
+        return Stamp(size_bytes=self.size_bytes, mtime_ns=self.mtime_ns, tag=self.tag)
 
     def to_text(self) -> str:
         """As it stands in Redis: ``samples=... size_bytes=... mtime_ns=... marks=0,...``."""
         marks, plain = ",".join(map(str, self.marks)), f" plain_bytes={self.plain_bytes}" if self.plain_bytes else ""
-        return f"samples={self.samples} size_bytes={self.size_bytes} mtime_ns={self.mtime_ns} marks={marks}{plain}"
+        tag = f" tag={quote(self.tag, safe='')}" if self.tag else ""
+        return f"samples={self.samples} size_bytes={self.size_bytes} mtime_ns={self.mtime_ns} marks={marks}{plain}{tag}"
 
     @classmethod
     def from_text(cls, file: str, text: str) -> FileFacts:
@@ -51,7 +64,10 @@ class FileFacts:
             raise StateCorrupt(f"data set: the facts of file {file!r} are not readable: {text[:80]!r}")
         marks = tuple(map(int, match[4].split(","))) if match[4] else ()
         numbers = [int(number or 0) for number in match.group(1, 2, 3, 5)]
-        return cls(file=file, samples=numbers[0], size_bytes=numbers[1], mtime_ns=numbers[2], marks=marks, plain_bytes=numbers[3])
+        return cls(
+            file=file, samples=numbers[0], size_bytes=numbers[1], mtime_ns=numbers[2], marks=marks, plain_bytes=numbers[3],
+            tag=unquote(match[6] or ""),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +148,8 @@ def digest_of(*, path: str, format: Format, shard_size: int, shuffle: bool, seed
 class Shard:
     """Samples ``start`` to ``stop`` (exclusive) of one file; ``str()`` shows it as ``part-00000.jsonl[0:10000]``.
 
-    A value that may be pickled. Reading touches only its own bytes, and raises DatasetMismatch, naming the file, if the file is
-    not as it was when it was registered.
+    A value that may be pickled. Reading touches only its own bytes, and raises DatasetChanged, naming the file, if the file is
+    not as it was when it was registered, also if it changes while it is read.
     """
 
     dataset: str
@@ -145,8 +161,7 @@ class Shard:
     folder: str = field(repr=False)
     format: Format = field(repr=False)
     span: Span = field(repr=False)
-    size_bytes: int = field(repr=False)
-    mtime_ns: int = field(repr=False)
+    stamp: Stamp = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.file}[{self.start}:{self.stop}]"
@@ -158,11 +173,23 @@ class Shard:
         """All samples as arrays by column, first axis the sample; all columns if None.
 
         Raises:
-            DatasetMismatch: the file changed, or does not hold what it should.
+            DatasetChanged: the file is gone, or was written since.
+            DatasetMismatch: it does not hold what it should, or cannot be read.
             InvalidInput: there is no such column; the message names those that there are.
+            DataUnavailable: this host is out of memory or file descriptors.
+            StoreUnavailable, StoreRefused, FolderFull, ConfigError: as `dtr.datasets.copies.Copies.open`.
         """
         with self._open() as file:
-            return self.format.read(file, self.span, columns)
+            try:
+                found = self.format.read(file, self.span, columns)
+            except MemoryError as exc:
+                raise DataUnavailable(
+                    f"{self} of data set {self.dataset!r}: there is not memory enough for its {len(self):,} samples; register the data set "
+                    "with a smaller shard_size, or read fewer columns"
+                ) from exc
+            if not self._is_copy():
+                self._compare(os.fstat(file.fileno()))  # somebody may have written to it meanwhile
+            return found
 
     def iterate(self) -> Iterator[Any]:
         """The samples, one by one: an object of a JSON line, a row of an array, a block of tokens. Raises as `read`."""
@@ -180,9 +207,11 @@ class Shard:
         return os.path.join(self.folder, self.file)
 
     def check_unchanged(self) -> None:
-        """Raise DatasetMismatch, naming the file, unless it has the size and time of modification that were registered.
+        """Raise DatasetChanged, naming the file, unless it has the size and time of modification that were registered.
 
         A file in a store is looked at when it is read.
+
+        Raises DatasetMismatch, and DataUnavailable, if it cannot be looked at.
         """
         if is_remote(self.folder):
             return
@@ -191,10 +220,13 @@ class Shard:
         except OSError as exc:
             raise self._unreadable(exc) from exc
 
+    def _is_copy(self) -> bool:
+        return is_remote(self.folder) or bool(compression_of(self.file))
+
     def _open(self) -> BufferedReader:
-        if is_remote(self.folder) or compression_of(self.file):
+        if self._is_copy():
             self.check_unchanged()
-            return copies().open(self.folder, self.file, size_bytes=self.size_bytes, mtime_ns=self.mtime_ns)
+            return copies().open(self.folder, self.file, self.stamp)
         try:
             file = open(self.path, "rb")  # noqa: SIM115 - the caller closes it
         except OSError as exc:
@@ -206,23 +238,21 @@ class Shard:
             raise
         return file
 
-    def _compare(self, now: os.stat_result) -> None:
-        if (now.st_size, now.st_mtime_ns) != (self.size_bytes, self.mtime_ns):
-            changed = (
-                f"it had {self.size_bytes:,} bytes and has {now.st_size:,}"
-                if now.st_size != self.size_bytes
-                else f"it was written at {now.st_mtime_ns} ns, and at {self.mtime_ns} ns then"
-            )
-            raise DatasetMismatch(
-                f"{self.path} changed since data set {self.dataset!r} version {self.version} was registered: {changed}; "
-                "register the data set again, or put the file back",
+    def _compare(self, facts: os.stat_result) -> None:
+        now = Stamp(size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns)
+        if now != self.stamp:
+            raise DatasetChanged(
+                f"{self.path} changed since data set {self.dataset!r} version {self.version} was registered: "
+                f"{difference(self.stamp, now)}; register the data set again, or put the file back",
                 file=self.path,
             )
 
-    def _unreadable(self, exc: OSError) -> DatasetMismatch:
-        return DatasetMismatch(
-            f"{self.path} of data set {self.dataset!r} version {self.version} cannot be read: {exc.strerror}", file=self.path
-        )
+    def _unreadable(self, exc: OSError) -> DatasetMismatch | DataUnavailable:
+        what = f"{self.path} of data set {self.dataset!r} version {self.version} cannot be read"
+        if exc.errno in EXHAUSTED:
+            return DataUnavailable(f"{what}: this process is out of {EXHAUSTED[exc.errno]} ({exc.strerror})", file=self.path)
+        gone = isinstance(exc, FileNotFoundError | NotADirectoryError)
+        return (DatasetChanged if gone else DatasetMismatch)(f"{what}: {exc.strerror}", file=self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,8 +294,7 @@ class Dataset:
             folder=spec.folder,
             format=spec.format,
             span=Span(start=start, stop=stop, first_byte=first_byte, end_byte=end_byte),
-            size_bytes=facts.size_bytes,
-            mtime_ns=facts.mtime_ns,
+            stamp=facts.stamp,
         )
 
     def shards(self) -> Iterator[Shard]:

@@ -7,6 +7,7 @@ never retried by the library, because the caller decides what a lost wait means.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -16,7 +17,7 @@ from redis import exceptions as rx
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable, DtrError
+from dtr.errors import ConfigError, CoordinatorRefused, CoordinatorUnavailable, DtrError, StateCorrupt
 
 __all__ = ["check_url", "connect", "connect_blocking", "mask", "translate", "translated"]
 
@@ -24,6 +25,8 @@ COMMAND_TIMEOUT_S: Final = 2.0
 _SCHEMES: Final = ("redis", "rediss", "unix")
 # What a server says when trying again is no use; everything else that it says may pass.
 _REFUSALS: Final = ("NOPERM", "WRONGPASS", "NOAUTH", "OOM", "MISCONF", "DENIED")
+# A key of another type than ours, or fields that a script cannot go by: waiting helps neither.
+_UNEXPECTED: Final = re.compile(r"WRONGTYPE|^(ERR )?user_script:\d+: ")
 
 
 def mask(url: str) -> str:
@@ -136,6 +139,8 @@ def translated(exc: Exception, url: str) -> Exception:
         isinstance(exc, rx.ResponseError) and str(exc).startswith(_REFUSALS)
     ):
         return CoordinatorRefused(f"Redis at {shown} refuses: {exc}")
+    if isinstance(exc, rx.ResponseError) and _UNEXPECTED.search(str(exc)):
+        return StateCorrupt(f"Redis at {shown} holds something else than this version of dtr writes: {exc}")
     if isinstance(exc, rx.ResponseError):
         return CoordinatorUnavailable(f"Redis at {shown} answered with an error: {exc}")
     if isinstance(exc, (rx.RedisError, OSError, UnicodeError)):

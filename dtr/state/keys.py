@@ -14,7 +14,8 @@ key                            type    holds (TTL; written by)
 ``departed``                   hash    worker -> ``incarnation time reason`` of its newest departure (none; depart, reap)
 ``counters``                   hash    counter -> value: saves_skipped, ... (none; trainers)
 ``worker:ID``                  hash    incarnation, host, pid, address, step, loss, phase, idle_s, late_ms, beat, beat_at,
-                                       stalled (why, or empty), stalled_at (ttl and 2 beats; join, beat, stall)
+                                       stalled (why, or empty), stalled_at, ``samples_per_s/NAME`` of each data set that it loads
+                                       (ttl and 2 beats; join, beat, stall, speed)
 ``ring``                       zset    ``worker#n`` -> mmh3 point, for people: agents compute it from member ids (none; join)
 ``roster``                     hash    the current run only: worker -> ``rank incarnation``; ``:fence`` (state and run, while open),
                                        ``:world``, ``:wanted``, ``:released/NAME`` (none; form, depart, arrive)
@@ -44,7 +45,7 @@ key                            type    holds (TTL; written by)
                                        ``R/error``,
                                        ``R/metrics`` (as its checkpoint)
 ``ckpt:RUN:STEP:data``         hash    rank -> its share of the data state of this step, JSON
-                                       (7 days after the last one; trainers, uploaders)
+                                       (7 days after the last one, 1 hour after the commit; trainers, uploaders)
 ``ckpt:RUN:STEP:transfer:R``   hash    an upload that another uploader could go on with: nonce, upload (the store's name for it), and
                                        N -> ``CHECKSUM TAG`` of each piece sent (1 day; uploader; gone once the part is done)
 ``retention``                  hash    token, collected_at of the last collector (none; retention)
@@ -57,7 +58,7 @@ key                            type    holds (TTL; written by)
 ``dataset:NAME:DIGEST:files``  hash    file -> facts of the spec with this digest (none once registered; register)
 ``dataset:NAME:counting``      string  token of the process that counts its samples just now (5 s, renewed; register)
 ``placement:NAME``             hash    parent, generation, version, members (digest), who computes the next (none; placement)
-``placement:NAME:GENERATION``  hash    worker -> its shards (two kept; placement)
+``placement:NAME:GENERATION``  hash    worker -> its shards; ``:weight/WORKER`` -> its weight, where that is not 1 (two kept; placement)
 ``ledger:NAME:EPOCH:RUN``      hash    consumption of one data set in one epoch and run: ``:version``, ``:digest``, ``:mode``, ``:seed``,
                                        ``:shards``, ``:base`` (digest of what was consumed before), ``:fence``, ``:most``,
                                        ``:dry`` (batches
@@ -67,11 +68,14 @@ key                            type    holds (TTL; written by)
                                        incarnation fence), ``part/SHARD`` (consumed ranges) (7 days after the last write; loader)
 ``...:taken``, ``...:done``    string  one bit a shard: not free; consumed whole in this run (as the ledger)
 ``quarantine:NAME:DIGEST``     hash    shard -> why it cannot be read (none; loader)
+``skips:NAME``                 hash    ``FILE:START-STOP`` -> why these samples are left out, JSON (none; `dtr data skip`, loader)
+``journal:RUN:RANK``           stream  ``STEP-1``: ``:at``, and data set -> what that step consumed, JSON (the newest steps; 1 day after
+                                       the last one; loader)
 ``events``                     stream  members, runs, broken rounds, checkpoints, recovery (about 10,000 entries; every module)
 =============================  ======  ==============================================================================================
 
 Outside any job: ``dtr:jobs`` (zset, job -> last seen) and ``dtr:uploader:HOST`` (hash with TTL: an uploader lives there; host,
-pid, started_at, last_scan_at, queue, version and what it has in hand).
+pid, started_at, last_scan_at, queue, version, what it has in hand, and stuck_s: how long parts wait though no process is busy).
 """
 
 from __future__ import annotations
@@ -181,3 +185,9 @@ class Keys:
 
     def quarantine(self, name: str, digest: str) -> str:
         return f"{self.prefix}quarantine:{name}:{digest}"
+
+    def skips(self, name: str) -> str:
+        return f"{self.prefix}skips:{name}"
+
+    def journal(self, run: str, rank: int) -> str:
+        return f"{self.prefix}journal:{run}:{rank}"

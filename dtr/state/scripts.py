@@ -19,7 +19,7 @@ from redis import exceptions as rx
 
 from dtr.errors import BY_CODE, DtrError
 
-__all__ = ["Header", "Parameter", "Script", "Scripts", "catalogue", "error_of", "load"]
+__all__ = ["Header", "Parameter", "Script", "Scripts", "catalogue", "error_of", "load", "preload"]
 
 _SECTIONS: Final = ("KEYS", "ARGV", "RETURNS", "ERRORS", "WRITES", "IDEMPOTENT", "INCLUDE")
 _PARAMETER: Final = re.compile(r"(\d+)(\+?)\s+(\w+)\s+(\w+)\s+(\S.*)")
@@ -129,6 +129,13 @@ def catalogue() -> Iterator[Script]:
             yield load(entry.name.removesuffix(".lua"))
 
 
+@cache
+def preload() -> None:
+    """Read every script, once: whatever is installed over this version later, a running process goes on as it began."""
+    for _ in catalogue():
+        continue
+
+
 def error_of(exc: rx.ResponseError) -> DtrError | None:
     """The exception that stands for a script's ``error_reply``, or None if it is none of ours."""
     # An engine may add where the script failed: "CODE detail script: SHA, on @user_script:12." or "... (call to f_SHA)".
@@ -154,6 +161,7 @@ class Scripts:
             DtrError: the exception of the script's error code.
             redis.RedisError: anything else; translated by the caller.
         """
+        preload()
         script = load(name)
         try:
             try:

@@ -155,8 +155,15 @@ class Store(abc.ABC):
         """
 
     @abc.abstractmethod
+    def stat(self, key: str) -> tuple[int, str]:
+        """(size in bytes, tag) of the object; ``NotFound`` if there is none.
+
+        The tag is another text once the object was written anew with other bytes: an ETag; of a folder, the time of modification.
+        """
+
     def size(self, key: str) -> int:
         """The object's size in bytes; ``NotFound`` if there is none."""
+        return self.stat(key)[0]
 
     @abc.abstractmethod
     def list(self, prefix: str = "") -> Iterator[str]:

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from typing import Any, Final
 
 from dtr.clock import SYSTEM, Clock
@@ -28,8 +25,6 @@ from dtr.errors import (
     AlreadyExists,
     ConditionalPutUnsupported,
     DtrError,
-    IntegrityError,
-    InvalidInput,
     NotFound,
     StoreRefused,
     StoreUnavailable,
@@ -38,58 +33,46 @@ from dtr.failpoints import failpoint
 from dtr.store.base import (
     RESERVED,
     Progress,
-    Source,
-    Store,
-    as_bytes,
     check_key,
     check_prefix,
-    check_range,
-    check_size,
     is_key,
-    open_source,
 )
 from dtr.store.cloud_location import CloudLocation
 from dtr.store.cloud_pieces import PIECES_AT_ONCE, Pieces, is_temporary, temporary_name, watch
 from dtr.store.cloud_requests import Act, Answer, CloudRequests
-from dtr.store.pieces import Piece, cut, go_on, move, piece_bytes
+from dtr.store.objects import ObjectStore
 from dtr.store.resume import Resume
-from dtr.store.s3_parts import mapped
 
 __all__ = ["CloudStore"]
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES: Final = {"gs": 5 << 40, "az": 190 << 40}
 _Entries = list[tuple[str, datetime]]
-_READ_BYTES: Final = 8 << 20
-_READ_THREADS: Final = 8
 _COPY_WITHIN_S: Final = 600.0
 _WHY: Final = "two writers could both commit one checkpoint; use a service that honours it"
 
 
-class CloudStore(Store):
+class CloudStore(ObjectStore):
     """Objects in a bucket or container. Each process makes its own connections, a forked child as well."""
 
     def __init__(self, location: CloudLocation, *, clock: Clock = SYSTEM, requests: CloudRequests | None = None) -> None:
-        self._at = location
-        self._requests = requests or CloudRequests(location, clock=clock)
-
-    @property
-    def url(self) -> str:
-        return self._at.url
+        self._at, self._requests = location, requests or CloudRequests(location, clock=clock)
+        super().__init__(location, self._requests, largest_bytes=_LARGEST_BYTES[location.service])
 
     def child(self, prefix: str) -> CloudStore:
         return CloudStore(replace(self._at, prefix=self._at.key(check_key(prefix, "prefix"))), requests=self._requests)
 
     # --- writing ---
 
-    def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
-        content, key = as_bytes(data), check_key(key)
-        if if_absent:
-            self.probe()
-        self._put(key, content, if_absent=if_absent)
-
     def _put(
-        self, key: str, content: memoryview, *, if_absent: bool, resend: bool = False, before_retry: Callable[[], None] | None = None
+        self,
+        key: str,
+        content: memoryview,
+        *,
+        if_absent: bool,
+        resend: bool = False,
+        resume: Resume | None = None,
+        before_retry: Callable[[], None] | None = None,
     ) -> None:
         mode, path = "create" if if_absent else "overwrite", self._at.key(key)
 
@@ -100,40 +83,8 @@ class CloudStore(Store):
         self._call("put", key, act, conditional=if_absent and not resend, before_retry=before_retry)
         failpoint("store.cloud.after_put")
 
-    def put_file(
-        self,
-        key: str,
-        source: Source,
-        size_bytes: int,
-        *,
-        if_absent: bool = True,
-        progress: Progress | None = None,
-        offset: int = 0,
-        resume: Resume | None = None,
-    ) -> None:
-        """As the contract says. obstore cannot go on with an upload of another process, so ``resume`` has no effect here."""
-        check_key(key)
-        if size_bytes > (largest := _LARGEST_BYTES[self._at.service]):
-            raise InvalidInput(
-                f"size_bytes must be at most {largest >> 40} TiB, the service's largest, got {size_bytes}", field="size_bytes"
-            )
-        with open_source(source) as fd:
-            check_size(size_bytes, offset, os.fstat(fd).st_size)
-            if if_absent:
-                self.probe()
-            with mapped(fd, offset, size_bytes) as content:
-                if size_bytes <= piece_bytes(size_bytes):
-                    self._put_whole(key, content, if_absent, progress)
-                else:
-                    self._put_large(key, content, if_absent, progress)
-
-    def _put_whole(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None) -> None:
-        if progress:
-            progress(len(content))  # before it is visible, so that it can still be cancelled
-        self._put(key, content, if_absent=if_absent, before_retry=partial(progress, len(content)) if progress else None)
-        self._check_size(key, len(content))
-
-    def _put_large(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None) -> None:
+    def _put_large(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None, resume: Resume | None) -> None:
+        """Obstore cannot go on with an upload of another process, so ``resume`` has no effect."""
         if if_absent:
             with contextlib.suppress(NotFound):  # the copy decides; this spares sending all for nothing
                 self.size(key)
@@ -179,7 +130,7 @@ class CloudStore(Store):
     def _has_arrived(self, temporary: str, size_bytes: int) -> bool:
         """Whether only the last answer was lost: nobody else writes that name, so an object of this size is ours."""
         with contextlib.suppress(DtrError):
-            return self._head(temporary)["size"] == size_bytes  # type: ignore[no-any-return]
+            return self._head(temporary)[0] == size_bytes
         return False
 
     def _copy(self, temporary: str, key: str, *, if_absent: bool) -> None:
@@ -216,20 +167,6 @@ class CloudStore(Store):
                 return False
             raise
 
-    def _check_size(self, key: str, size_bytes: int) -> None:
-        if (stored := self._stored_bytes(key)) != size_bytes:
-            raise IntegrityError(f"{self.url} holds {stored} bytes of {key}, {size_bytes} were sent", key=key)
-
-    def _stored_bytes(self, key: str) -> int:
-        """The service has acknowledged the object, so failing to see it now is not the same as a failed write."""
-        try:
-            return self.size(key)
-        except NotFound as exc:
-            raise StoreUnavailable(f"{self.url}: {key} was stored and is gone", key=key, unknown=True) from exc
-        except StoreUnavailable as exc:
-            exc.facts["unknown"] = True
-            raise
-
     def _discard(self, temporary: str) -> None:
         try:
             self._delete(temporary)
@@ -242,18 +179,6 @@ class CloudStore(Store):
         path = self._at.key(check_key(key))
         return self._call("get", key, lambda obstore, client: bytes(obstore.get(client, path).bytes()))
 
-    def get_range(self, key: str, start: int, end: int) -> bytes:
-        check_range(start, end)
-        if start == end:  # there is no empty range
-            self.size(key)
-            return b""
-        try:
-            return bytes(self._ranged(check_key(key), start, end))
-        except StoreRefused as exc:
-            if exc.facts.get("status") == 416:  # from the end of the object on
-                return b""
-            raise
-
     def _ranged(self, key: str, start: int, end: int, before_retry: Callable[[], None] | None = None) -> memoryview:
         path = self._at.key(key)
 
@@ -262,43 +187,17 @@ class CloudStore(Store):
 
         return self._call("get", key, act, before_retry=before_retry)
 
-    def read_into(self, key: str, buffer: memoryview | bytearray, offset: int = 0) -> int:
-        view = as_bytes(buffer)
-        check_range(offset, offset + len(view))
-        if len(view) <= _READ_BYTES:  # its answer tells where the object ends, too
-            content = self.get_range(key, offset, offset + len(view))
-            view[: len(content)] = content
-            return len(content)
-        size_bytes = max(0, min(len(view), self.size(key) - offset))
+    def _head(self, key: str) -> tuple[int, str]:
+        head = self._facts(key)
+        return int(head["size"]), str(head["e_tag"] or head["last_modified"]).strip('"')
 
-        def read(piece: Piece, over: threading.Event) -> None:
-            start = offset + piece.start
-            content = self._ranged(key, start, start + piece.size_bytes, before_retry=partial(go_on, over))
-            if len(content) != piece.size_bytes:
-                raise IntegrityError(f"{key} became shorter while it was read", key=key)
-            view[piece.start : piece.end] = content
-
-        move(read, cut(size_bytes, _READ_BYTES), threads=_READ_THREADS)
-        return size_bytes
-
-    def size(self, key: str) -> int:
-        try:
-            return int(self._head(check_key(key))["size"])
-        except NotFound:
-            self._check_bucket()
-            raise
-
-    def _head(self, name: str) -> Any:
+    def _facts(self, name: str) -> Any:
         path = self._at.key(name)
         return self._call("head", name, lambda obstore, client: obstore.head(client, path))
 
-    def _check_bucket(self) -> None:
-        """The answer to HEAD has no text, so that a missing bucket looks like a missing object: ask once, another way."""
-        if not self._requests.reached:
-            absent = self._at.key(f"{RESERVED}absent")
-            with contextlib.suppress(NotFound):
-                self._call("get", "", lambda obstore, client: obstore.get(client, absent))
-            self._requests.reached = True
+    def _get_absent(self) -> None:
+        absent = self._at.key(f"{RESERVED}absent")
+        self._call("get", "", lambda obstore, client: obstore.get(client, absent))
 
     def list(self, prefix: str = "") -> Iterator[str]:
         found = (key for key, _ in self._below(check_prefix(prefix)))
@@ -376,12 +275,9 @@ class CloudStore(Store):
         name = f"{RESERVED}clock-{secrets.token_hex(6)}"
         self._put(name, memoryview(b""), if_absent=False)
         try:
-            return self._head(name)["last_modified"]  # type: ignore[no-any-return]
+            return self._facts(name)["last_modified"]  # type: ignore[no-any-return]
         finally:
             self._discard(name)
-
-    def close(self) -> None:
-        self._requests.close()
 
     def _call(self, operation: str, key: str, act: Act[Answer], **options: Any) -> Answer:
         return self._requests.call(operation, self._at, key, act, **options)

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from dtr.errors import AlreadyExists, ConfigError, DtrError, IntegrityError, InvalidInput, NotFound, StoreRefused, StoreUnavailable
 from dtr.store.cloud_location import CREDENTIALS, Service
-from dtr.store.s3_errors import Failure
+from dtr.store.retrying import Failure
 
-__all__ = ["Failure", "masked", "translate"]
+__all__ = ["masked", "translate"]
 
 _NEEDED: Final[dict[str, dict[str, str]]] = {
     "gs": {

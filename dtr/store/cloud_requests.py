@@ -1,32 +1,26 @@
-"""Requests to a cloud through obstore: made by the process that asks, with explicit timeouts, retried by rules of our own.
+"""Requests to a cloud through obstore: made by the process that asks, with explicit timeouts.
 
-obstore's own retries are off, save for the pieces of a large object, which nobody else can see: it would send a conditional write
-again whose answer was lost, and the second would meet the first's object: a win reported as a loss. Here a write that may have had its
-effect is not sent again unless that is harmless, and each retry is logged.
+obstore's own retries are off (``retrying``), save for the pieces of a large object, which nobody else can see.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import random
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 from dtr.clock import Clock
-from dtr.errors import AlreadyExists, ConfigError
-from dtr.store.cloud_errors import Failure, masked, translate
+from dtr.errors import ConfigError
+from dtr.store import retrying
+from dtr.store.cloud_errors import masked, translate
 from dtr.store.cloud_library import library
 from dtr.store.cloud_location import CloudLocation
-from dtr.store.pieces import OverError
+from dtr.store.retrying import Failure
 
 __all__ = ["Act", "Answer", "CloudRequests"]
 
-_log = logging.getLogger(__name__)
-_ATTEMPTS: Final = 5
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _CONNECT_TIMEOUT_S: Final = 5
 _REQUEST_TIMEOUT_S: Final = 60  # for all of one request, and none moves more than 16 MiB
 _PIECE_TIMEOUT_S: Final = 120
@@ -70,24 +64,16 @@ class CloudRequests:
         ``conditional``: not again once it may have had its effect. ``pieces``: obstore itself repeats, piece by piece.
         ``before_retry`` may raise to give up.
         """
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                answer = act(library(), self._client(pieces=pieces))
-            except (ConfigError, OverError):
-                raise
-            except Exception as exc:
-                failure = self._failure(exc, operation, key, at)
-                if isinstance(failure.error, AlreadyExists):
-                    failure.error.facts["maybe_ours"] = attempt > 1
-                if pieces or not failure.retry or attempt == _ATTEMPTS or (conditional and failure.unknown):
-                    raise failure.error from exc
-                if before_retry:
-                    before_retry()
-                self._pause(attempt, failure)
-            else:
-                self.reached = True
-                return answer
-        raise AssertionError("the last attempt returns or raises")
+        answer, _ = retrying.send(
+            lambda: act(library(), self._client(pieces=pieces)),
+            lambda exc: self._failure(exc, operation, key, at),
+            clock=self.clock,
+            conditional=conditional,
+            again=not pieces,
+            before_retry=before_retry,
+        )
+        self.reached = True
+        return answer
 
     @staticmethod
     def _failure(exc: Exception, operation: str, key: str, at: CloudLocation) -> Failure:
@@ -96,12 +82,6 @@ class CloudRequests:
         failure = translate(exc, operation=operation, key=key, url=at.url, service=at.service)
         exc.args = (masked(str(exc)),)  # it is shown with a traceback, and its URL may hold a signature
         return failure
-
-    def _pause(self, attempt: int, failure: Failure) -> None:
-        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-        pause_s = random.uniform(longest_s / 2, longest_s)
-        _log.warning("attempt %d of %d failed, again in %.1f s: %s", attempt, _ATTEMPTS, pause_s, failure.error)
-        self.clock.sleep(pause_s)
 
     def _client(self, *, pieces: bool) -> Any:
         """This process's store of obstore."""
@@ -123,8 +103,8 @@ class CloudRequests:
                 "max_retries": _PIECE_RETRIES if pieces else 0,
                 "retry_timeout": timedelta(seconds=_PIECES_WITHIN_S),
                 "backoff": {
-                    "init_backoff": timedelta(seconds=_FIRST_PAUSE_S),
-                    "max_backoff": timedelta(seconds=_LONGEST_PAUSE_S),
+                    "init_backoff": timedelta(seconds=retrying.FIRST_PAUSE_S),
+                    "max_backoff": timedelta(seconds=retrying.LONGEST_PAUSE_S),
                     "base": 2,
                 },
             },

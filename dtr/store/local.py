@@ -207,9 +207,10 @@ class LocalStore(Store):
             move(read, cut(size_bytes, _READ_PIECE_BYTES), threads=threads)
         return size_bytes
 
-    def size(self, key: str) -> int:
+    def stat(self, key: str) -> tuple[int, str]:
         with self._reading(key) as fd:
-            return os.fstat(fd).st_size
+            facts = os.fstat(fd)
+            return facts.st_size, str(facts.st_mtime_ns)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         prefix = check_prefix(prefix)

@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import logging
-import os
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, Final
 
 from dtr.clock import SYSTEM, Clock
@@ -24,62 +21,41 @@ from dtr.errors import (
     ConditionalPutUnsupported,
     DtrError,
     IntegrityError,
-    InvalidInput,
     NotFound,
     StoreRefused,
-    StoreUnavailable,
 )
 from dtr.failpoints import failpoint
 from dtr.store.base import (
     RESERVED,
     Progress,
-    Source,
-    Store,
-    as_bytes,
     check_key,
     check_prefix,
-    check_range,
-    check_size,
     is_key,
-    open_source,
 )
 from dtr.store.crc import crc_of
-from dtr.store.pieces import Piece, cut, go_on, move, piece_bytes
+from dtr.store.objects import ObjectStore
 from dtr.store.resume import Resume, Sent
 from dtr.store.s3_location import S3Location
 from dtr.store.s3_multipart import checksum, condition, put_parts
-from dtr.store.s3_parts import mapped
 from dtr.store.s3_requests import Requests
 
 __all__ = ["S3Store"]
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES: Final = 5 << 40
-_READ_BYTES: Final = 8 << 20
-_READ_THREADS: Final = 8
 
 
-class S3Store(Store):
+class S3Store(ObjectStore):
     """Objects in a bucket. Requests are made by the process that calls: a client made before a fork is not used after it."""
 
     def __init__(self, location: S3Location, *, clock: Clock = SYSTEM, requests: Requests | None = None) -> None:
-        self._at = location
-        self._requests = requests or Requests(location, clock=clock)
-
-    @property
-    def url(self) -> str:
-        return self._at.url
+        self._at, self._requests = location, requests or Requests(location, clock=clock)
+        super().__init__(location, self._requests, largest_bytes=_LARGEST_BYTES)
 
     def child(self, prefix: str) -> S3Store:
         return S3Store(replace(self._at, prefix=self._at.key(check_key(prefix, "prefix"))), requests=self._requests)
 
     # --- writing ---
-
-    def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
-        content, key = as_bytes(data), check_key(key)
-        if if_absent:
-            self.probe()
-        self._put(key, content, if_absent=if_absent)
 
     def _put(
         self,
@@ -88,62 +64,20 @@ class S3Store(Store):
         *,
         if_absent: bool,
         resend: bool = False,
-        crc: int | None = None,
+        resume: Resume | None = None,
         before_retry: Callable[[], None] | None = None,
     ) -> None:
+        crc = crc_of(content)
         failpoint("store.s3.before_put")
-        options = {**condition(if_absent), **checksum(crc_of(content) if crc is None else crc, used=self._requests.checksums)}
+        options = {**condition(if_absent), **checksum(crc, used=self._requests.checksums)}
         conditional = if_absent and not resend
         answer = self._send("PutObject", key, conditional=conditional, content=content, before_retry=before_retry, **options)
         failpoint("store.s3.after_put")
         self._check_answer(key, answer, options)
-
-    def put_file(
-        self,
-        key: str,
-        source: Source,
-        size_bytes: int,
-        *,
-        if_absent: bool = True,
-        progress: Progress | None = None,
-        offset: int = 0,
-        resume: Resume | None = None,
-    ) -> None:
-        check_key(key)
-        if size_bytes > _LARGEST_BYTES:
-            raise InvalidInput(f"size_bytes must be at most 5 TiB, S3's largest object, got {size_bytes}", field="size_bytes")
-        with open_source(source) as fd:
-            check_size(size_bytes, offset, os.fstat(fd).st_size)
-            if if_absent:
-                self.probe()
-            with mapped(fd, offset, size_bytes) as content:
-                if size_bytes <= piece_bytes(size_bytes):
-                    self._put_whole(key, content, if_absent, progress, resume)
-                else:
-                    self._put_parts(key, content, if_absent, progress, resume)
-        self._check_size(key, size_bytes)
-
-    def _put_whole(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None, resume: Resume | None) -> None:
-        if progress:
-            progress(len(content))  # before it is visible, so that it can still be cancelled
-        crc = crc_of(content)
-        self._put(key, content, if_absent=if_absent, crc=crc, before_retry=partial(progress, len(content)) if progress else None)
         if resume:
             resume.done(Sent(number=1, crc=crc))
 
-    def _check_size(self, key: str, size_bytes: int) -> None:
-        """The service has acknowledged the object, so failing to see it now is not the same as a failed write."""
-        try:
-            stored = self.size(key)
-        except NotFound as exc:
-            raise StoreUnavailable(f"{self.url}: {key} was stored and is gone", key=key, unknown=True) from exc
-        except StoreUnavailable as exc:
-            exc.facts["unknown"] = True
-            raise
-        if stored != size_bytes:
-            raise IntegrityError(f"{self.url} holds {stored} bytes of {key}, {size_bytes} were sent", key=key)
-
-    def _put_parts(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None, resume: Resume | None) -> None:
+    def _put_large(self, key: str, content: memoryview, if_absent: bool, progress: Progress | None, resume: Resume | None) -> None:
         if if_absent and (resume is None or resume.upload):  # else the key is new: only uploads on record write to it
             with contextlib.suppress(NotFound):  # the completion decides; this spares sending all for nothing
                 self.size(key)
@@ -159,6 +93,7 @@ class S3Store(Store):
             others=lambda: [upload_id for found, upload_id in self._open_uploads(key, 0.0) if found == key],
         )
         self._check_answer(key, answer, answer["Asked"])
+        self._check_size(key, len(content))
 
     def _check_answer(self, key: str, answer: dict[str, Any], sent: dict[str, Any]) -> None:
         ours, theirs = sent.get("ChecksumCRC64NVME"), answer.get("ChecksumCRC64NVME")
@@ -171,56 +106,17 @@ class S3Store(Store):
         content: bytes = self._send("GetObject", check_key(key), read=True)["Content"]
         return content
 
-    def get_range(self, key: str, start: int, end: int) -> bytes:
-        check_range(start, end)
-        if start == end:  # S3 has no empty range
-            self.size(key)
-            return b""
-        try:
-            return self._ranged(key, start, end)
-        except StoreRefused as exc:
-            if exc.facts.get("status") == 416:  # from the end of the object on
-                return b""
-            raise
-
     def _ranged(self, key: str, start: int, end: int, before_retry: Callable[[], None] | None = None) -> bytes:
-        answer = self._send("GetObject", check_key(key), read=True, before_retry=before_retry, Range=f"bytes={start}-{end - 1}")
+        answer = self._send("GetObject", key, read=True, before_retry=before_retry, Range=f"bytes={start}-{end - 1}")
         content: bytes = answer["Content"]
         return content if "ContentRange" in answer else content[start:end]  # a service that ignores ranges sends all
 
-    def read_into(self, key: str, buffer: memoryview | bytearray, offset: int = 0) -> int:
-        view = as_bytes(buffer)
-        check_range(offset, offset + len(view))
-        if len(view) <= _READ_BYTES:  # its answer tells where the object ends, too
-            content = self.get_range(key, offset, offset + len(view))
-            view[: len(content)] = content
-            return len(content)
-        size_bytes = max(0, min(len(view), self.size(key) - offset))
+    def _head(self, key: str) -> tuple[int, str]:
+        answer = self._send("HeadObject", key)
+        return answer["ContentLength"], answer.get("ETag", "").strip('"')
 
-        def read(piece: Piece, over: threading.Event) -> None:
-            start = offset + piece.start
-            content = self._ranged(key, start, start + piece.size_bytes, before_retry=partial(go_on, over))
-            if len(content) != piece.size_bytes:
-                raise IntegrityError(f"{key} became shorter while it was read", key=key)
-            view[piece.start : piece.end] = content
-
-        move(read, cut(size_bytes, _READ_BYTES), threads=_READ_THREADS)
-        return size_bytes
-
-    def size(self, key: str) -> int:
-        try:
-            size_bytes: int = self._send("HeadObject", check_key(key))["ContentLength"]
-        except NotFound:
-            self._check_bucket()
-            raise
-        return size_bytes
-
-    def _check_bucket(self) -> None:
-        """The answer to HEAD has no text, so that a missing bucket looks like a missing object: ask once, another way."""
-        if not self._requests.reached:
-            with contextlib.suppress(NotFound):
-                self._send("GetObject", f"{RESERVED}absent", read=True)
-            self._requests.reached = True
+    def _get_absent(self) -> None:
+        self._send("GetObject", f"{RESERVED}absent", read=True)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         prefix = check_prefix(prefix)
@@ -311,9 +207,6 @@ class S3Store(Store):
             if not page.get("IsTruncated"):
                 return
             after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-
-    def close(self) -> None:
-        self._requests.close()
 
     def _send(self, operation: str, key: str, **options: Any) -> dict[str, Any]:
         return self._requests.send(operation, self._at, key, **options)

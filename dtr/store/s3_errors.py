@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final
 
-from dtr.errors import AlreadyExists, ConfigError, DtrError, IntegrityError, InvalidInput, NotFound, StoreRefused, StoreUnavailable
+from dtr.errors import AlreadyExists, ConfigError, IntegrityError, InvalidInput, NotFound, StoreRefused, StoreUnavailable
+from dtr.store.retrying import Failure
 
-__all__ = ["Failure", "translate"]
+__all__ = ["translate"]
 
 _PERMISSION: Final = {
     "PutObject": "s3:PutObject",
@@ -41,15 +41,6 @@ _NO_CREDENTIALS: Final = {
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "SSOTokenLoadError",
     "UnauthorizedSSOTokenError", "LoginRefreshRequired", "MetadataRetrievalError",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """One failed request: the error that stands for it, whether sending again may help, whether it may have had its effect."""
-
-    error: DtrError
-    retry: bool = False
-    unknown: bool = False
 
 
 def translate(exc: Exception, *, operation: str, key: str, url: str) -> Failure:

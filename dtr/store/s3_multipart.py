@@ -102,6 +102,7 @@ class _Upload:
         self._id = created["UploadId"]
         if created["Attempts"] > 1:  # an answer was lost: the upload that it named is nobody's
             self._abort_others(others)
+        failpoint("store.s3.before_record")
         if self._resume:
             try:
                 self._resume.begin(self._id)

@@ -1,28 +1,21 @@
-"""Requests to S3 through boto3: made lazily and once per process, sent with explicit timeouts, retried by rules of our own.
-
-boto3's retries are off. It would send a conditional write again whose answer was lost, and the second would meet the first's object:
-a win reported as a loss. Here a write that may have had its effect is not sent again unless that is harmless, and each retry is logged.
-"""
+"""Requests to S3 through boto3: made lazily and once per process, sent with explicit timeouts, boto3's own retries off (``retrying``)."""
 
 from __future__ import annotations
 
-import logging
 import os
-import random
 import re
 from collections.abc import Callable
 from typing import Any, Final
 
 from dtr.clock import Clock
-from dtr.errors import AlreadyExists, ConfigError, StoreRefused
-from dtr.store.s3_errors import Failure, translate
+from dtr.errors import ConfigError, StoreRefused
+from dtr.store import retrying
+from dtr.store.retrying import Failure
+from dtr.store.s3_errors import translate
 from dtr.store.s3_location import S3Location
 
 __all__ = ["Body", "Requests"]
 
-_log = logging.getLogger(__name__)
-_ATTEMPTS: Final = 5
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _CONNECT_TIMEOUT_S: Final = 5
 _READ_TIMEOUT_S: Final = 30  # without a single byte, either way
 _SEND_BYTES: Final = 1 << 20  # at a time: http.client's 16 KiB cost a quarter of the processor time; passes within that timeout
@@ -99,24 +92,15 @@ class Requests:
         ``read``: adds the object's bytes as ``Content``.
         ``conditional``: not to be sent again once it may have had its effect. ``before_retry`` may raise to give up.
         """
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                answer = self._once(operation, at, key, content=content, read=read, options=options)
-            except ConfigError:
-                raise
-            except Exception as exc:
-                failure = self._failure(exc, operation, key, at)
-                if isinstance(failure.error, AlreadyExists):
-                    failure.error.facts["maybe_ours"] = attempt > 1
-                if not failure.retry or attempt == _ATTEMPTS or (conditional and failure.unknown):
-                    raise failure.error from exc
-                if before_retry:
-                    before_retry()
-                self._pause(attempt, failure)
-            else:
-                self.reached = True
-                return {**answer, "Attempts": attempt}
-        raise AssertionError("the last attempt returns or raises")
+        answer, attempts = retrying.send(
+            lambda: self._once(operation, at, key, content=content, read=read, options=options),
+            lambda exc: self._failure(exc, operation, key, at),
+            clock=self._clock,
+            conditional=conditional,
+            before_retry=before_retry,
+        )
+        self.reached = True
+        return {**answer, "Attempts": attempts}
 
     def _once(
         self, operation: str, at: S3Location, key: str, *, content: memoryview | None, read: bool, options: dict[str, Any]
@@ -150,12 +134,6 @@ class Requests:
         if not isinstance(exc, BotoCoreError | ClientError):
             raise exc
         return translate(exc, operation=operation, key=key, url=at.url)
-
-    def _pause(self, attempt: int, failure: Failure) -> None:
-        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-        pause_s = random.uniform(longest_s / 2, longest_s)
-        _log.warning("attempt %d of %d failed, again in %.1f s: %s", attempt, _ATTEMPTS, pause_s, failure.error)
-        self._clock.sleep(pause_s)
 
     def _client(self) -> Any:
         """This process's client; one that was made before a fork is left to the parent."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
-from redis import exceptions as rx
-
-from dtr.errors import CoordinatorUnavailable, StateCorrupt
+from dtr.errors import StateCorrupt
 from dtr.state.client import translate
 from dtr.state.job import JobState
 
@@ -17,13 +15,8 @@ __all__ = ["Fields", "reading"]
 @contextlib.contextmanager
 def reading(state: JobState) -> Iterator[None]:
     """Errors of redis-py become dtr's; a key of the wrong type is StateCorrupt, because trying again does not help."""
-    try:
-        with translate(state.url):
-            yield
-    except CoordinatorUnavailable as exc:
-        if isinstance(exc.__cause__, rx.ResponseError) and "WRONGTYPE" in str(exc.__cause__):
-            raise StateCorrupt(f"a key of job {state.job} has the wrong type: {exc.__cause__}") from exc
-        raise
+    with translate(state.url):
+        yield
 
 
 class Fields:

@@ -208,7 +208,7 @@ def verify(sources: Sources, wanted: Sequence[tuple[str, int]]) -> Iterator[Chec
 
     Raises:
         InvalidInput: no store is known.
-        NoCheckpoint: there is no decision about one of them.
+        NoCheckpoint: there is no decision about one of them, or it is none to commit.
         StoreUnavailable.
     """
     store = sources.store
@@ -219,6 +219,8 @@ def verify(sources: Sources, wanted: Sequence[tuple[str, int]]) -> Iterator[Chec
         parts, size_bytes, error = 0, 0, ""
         try:
             manifest = read_manifest(store, run, step)
+            if manifest.decision != "commit":
+                raise NoCheckpoint(f"{run}/{step} {manifest.fate}, so there is nothing to verify: {manifest.reason}", run=run, step=step)
             parts, size_bytes = len(manifest.parts), sum(part.size_bytes for part in manifest.parts)
             verify_parts(store, manifest)
         except NotFound as exc:

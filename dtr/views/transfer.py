@@ -48,7 +48,7 @@ def export(sources: Sources, run: str, step: int, folder: Path) -> TransferView:
     except NotFound as exc:
         raise NoCheckpoint(f"{sources.url} holds no decision about {run}/{step} of job {sources.job}", run=run, step=step) from exc
     if manifest.decision != "commit":
-        raise NoCheckpoint(f"{name_of(run, step)} is no commit but {manifest.decision}: {manifest.reason}", run=run, step=step)
+        raise NoCheckpoint(f"{name_of(run, step)} {manifest.fate}: {manifest.reason}", run=run, step=step)
     done = exporter.export(sources.store, manifest, folder)
     return TransferView(
         job=sources.job, store=sources.url, checkpoint=name_of(done.run, done.step), folder=done.folder, files=done.files,

@@ -25,6 +25,12 @@ class UploaderView:
     waiting_parts: int
     fields: dict[str, str]
 
+    @property
+    def stuck_s(self) -> int:
+        """How long parts have waited there though no process is busy; 0: they do not, or it does not say."""
+        said = self.fields.get("stuck_s", "")
+        return int(said) if said.isascii() and said.isdigit() else 0
+
 
 def read(state: JobState, members: Collection[WorkerView], ckpts: Collection[CheckpointView]) -> tuple[UploaderView, ...]:
     """Every host that needs an uploader for this job, by name.

@@ -88,6 +88,7 @@ def warnings(
     """What needs a person, one sentence each, with what to do about it. ``failed``: saves that came to nothing, the newest first."""
     found = [_of_worker(worker) for worker in people.workers]
     found.append(_of_uploaders([uploader for uploader in uploaders if not uploader.present]))
+    found.append(_of_stuck([uploader for uploader in uploaders if uploader.present and uploader.stuck_s]))
     found += [_of_checkpoint(ckpt, last_run) for ckpt in checkpoints]
     found.append(_of_failed([one for one in failed if one.since_latest]))
     return tuple(text for text in found if text)
@@ -119,6 +120,15 @@ def _of_uploaders(missing: Sequence[UploaderView]) -> str:
     members = count_of(sum(uploader.members for uploader in missing), "member")
     hosts = some([uploader.host for uploader in missing])
     return f"no uploader on {hosts} ({members}{waits}): start `celery -A tasks worker` or `dtr up` there"
+
+
+def _of_stuck(stuck: Sequence[UploaderView]) -> str:
+    if not stuck:
+        return ""
+    longest_s = max(uploader.stuck_s for uploader in stuck)
+    return (
+        f"the uploader on {some([one.host for one in stuck])} has taken up no part for {duration(longest_s)}: see its log, or start it anew"
+    )
 
 
 def _of_checkpoint(ckpt: CheckpointView, last_run: str) -> str:

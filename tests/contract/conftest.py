@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dtr.store import Store, cloud_requests, open_store, s3_requests
+from dtr.store import Store, open_store, retrying
 from tests.cloud_servers import AzuriteServer, FakeGcsServer, RcloneServer, azurite_binary, fake_gcs_binary, rclone_binary
 from tests.contract.store_contract import LARGE_BYTES
 from tests.s3_faults import FaultyS3
@@ -66,7 +66,7 @@ def faulty(faulty_server: FaultyS3) -> Iterator[FaultyS3]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses, so that a test of five attempts does not take half a minute."""
-    monkeypatch.setattr(s3_requests, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 0.02)
 
 
 @pytest.fixture
@@ -150,5 +150,5 @@ def google_credentials(fake_gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def impatient_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses, so that a test of five attempts does not take half a minute."""
-    monkeypatch.setattr(cloud_requests, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(cloud_requests, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 0.02)

@@ -76,11 +76,26 @@ class ObjectContract:
         store.put("k", b"second")
         assert store.get("k") == b"second"
 
+    def test_a_tag_tells_contents_of_one_size_apart(self, store: Store) -> None:
+        """What was written anew with other bytes has another tag, what was not has the same, also for a client that opens later."""
+        store.put("k", b"one")
+        size_bytes, tag = store.stat("k")
+        assert (size_bytes, tag) == (3, open_store(store.url).stat("k")[1])
+        assert tag and tag == store.stat("k")[1]
+        store.put("k", b"two")
+        assert store.stat("k") == (3, store.stat("k")[1]) != (3, tag)
+
     def test_absent_objects_are_not_found(self, store: Store) -> None:
         """Reading what is not there is NotFound, in an empty store, beside an object and below one."""
         for _ in range(2):
             for key in ("absent", "folder/absent", "object/below"):
-                for read in (store.get, store.size, lambda k: store.get_range(k, 0, 1), lambda k: store.read_into(k, bytearray(1))):
+                for read in (
+                    store.get,
+                    store.size,
+                    store.stat,
+                    lambda k: store.get_range(k, 0, 1),
+                    lambda k: store.read_into(k, bytearray(1)),
+                ):
                     with pytest.raises(NotFound):
                         read(key)
             store.put("object", b"")

@@ -50,7 +50,7 @@ def test_a_signature_in_a_request_is_never_shown(azurite: AzuriteServer, monkeyp
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2021-08-06&sr=c&sp=r&se=2020-01-01T00%3A00%3A00Z&sig=hunter2hunter2%3D")
     for url in (azurite.url("x"), azurite.url("x", endpoint="http://127.0.0.1:9")):
         with monkeypatch.context() as patch:
-            patch.setattr("dtr.store.cloud_requests._ATTEMPTS", 1)
+            patch.setattr("dtr.store.retrying.ATTEMPTS", 1)
             with pytest.raises(StoreUnavailable) as caught:
                 open_store(url).get("k")
         assert "hunter2" not in "".join(traceback.format_exception(caught.value))

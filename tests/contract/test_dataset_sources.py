@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from dtr.datasets import copies as copies_module
-from dtr.datasets.copies import Copies
+from dtr.datasets.copies import Copies, Stamp
 from dtr.datasets.declared import check_total, dataset_of, declare
 from dtr.datasets.files import find_files, measure_files
 from dtr.datasets.formats import make_format
@@ -104,7 +104,7 @@ def test_copies_stay_within_their_budget_and_the_oldest_go(tmp_path: Path, cache
 
     def read(name: str) -> bytes:
         facts = (data / f"{name}.jsonl.gz").stat()
-        with held.open(str(data), f"{name}.jsonl.gz", size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns) as file:
+        with held.open(str(data), f"{name}.jsonl.gz", Stamp(size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns)) as file:
             return file.read(1)
 
     def kept() -> set[bytes]:
@@ -119,13 +119,13 @@ def test_many_readers_make_one_copy(tmp_path: Path, cache: Path, monkeypatch: py
     """Eight threads that want a copy at once unpack the file once."""
     data = compressed(tmp_path / "data")
     facts, made = (data / "a.jsonl.gz").stat(), []
-    plain = copies_module._decompress
-    monkeypatch.setattr(copies_module, "_decompress", lambda *given: (made.append(given), plain(*given)))
+    plain = copies_module._copy
+    monkeypatch.setattr(copies_module, "_copy", lambda *given: (made.append(given), plain(*given)))
     held, start = Copies(folder=str(cache), budget_bytes=1 << 20), threading.Barrier(8)
 
     def read(_: int) -> bytes:
         start.wait()
-        with held.open(str(data), "a.jsonl.gz", size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns) as file:
+        with held.open(str(data), "a.jsonl.gz", Stamp(size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns)) as file:
             return file.read()
 
     with ThreadPoolExecutor(8) as pool:

@@ -1,58 +1,78 @@
-"""Exactly once, whatever dies: an oracle with logs of its own, over jobs whose trainers are killed, stopped, added and removed."""
+"""Exactly once, whatever dies: an oracle with logs of its own, over jobs whose processes and servers are killed, stopped and restarted.
+
+One seed alone: ``make soak ARGS="-k dynamic-seed07"``.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.oracle import Task, Trainers, disturb, verdict
-from tests.servers import RedisServer
+from tests.disturbing import Job, disturb, drawn, training
+from tests.oracle import Verdict, judge, sequence
+from tests.oracle_trainer import COLUMNS, Task
+from tests.servers import RedisServer, valkey_server
 from tests.waiting import eventually
-from tests.workers import worker
 
-FORMS = ("jsonl", "npy", "bin")
-
-
-@contextmanager
-def training(server: RedisServer, name: str, folder: Path, task: Task, size: int, high: int) -> Iterator[Trainers]:
-    """Trainers and an uploader; all are ended with the block."""
-    env = {"DTR_REDIS_URL": server.url, "DTR_JOB": name, "DTR_STAGING": str(folder / "staging"), "DTR_BARRIER_TIMEOUT_S": "60"}
-    with worker(url=server.url, staging=folder / "staging"):
-        trainers = Trainers(folder / "job", env, task, low=1, high=high)
-        try:
-            for n in range(size):
-                trainers.start(f"w{n}")
-            yield trainers
-        finally:
-            trainers.close()
+KEPT = ("--appendonly", "yes")
+MODES = ("dynamic", "deterministic")
+SEEDS = range(20)
 
 
-def prove(server: RedisServer, name: str, folder: Path, seed: int, events: int, task: Task, **sizes: int) -> dict[str, Any]:
-    """Train through so many random events; what the oracle says."""
+def verdict(job: Job) -> Verdict:
+    """What the oracle says about a job that is over; no trainer of it may have ended by an error of its own."""
+    found = judge(job.folder, samples=job.task.samples, epochs=job.task.epochs)
+    out = (job.folder / "out").read_text()[-6000:]
+    assert found.clean, f"{found}\n{out}"
+    assert not job.surprises, f"{job.surprises}\n{out}"
+    return found
+
+
+def prove(job: Job, seed: int, count: int) -> str:
+    """Train through so many random events, and on to the end; returns what happened."""
     dice = random.Random(seed)
+    total = job.task.samples * job.task.epochs
+    goals = sorted(dice.randrange(total * 4 // 5) for _ in range(count))
     done: list[str] = []
-    with training(server, name, folder, task, **sizes) as trainers:
-        while len(done) < events and trainers.wait_for_progress(dice.randrange(5, 30)):
-            done.append(disturb(trainers, dice))
-        trainers.wait()
-        out = (folder / "job" / "out").read_text()
-        print(f"seed {seed}: {', '.join(done)}")
-        return verdict(folder / "job", task) | {"events": len(done), "out": out}
+    try:
+        with job.held():
+            for goal, event in zip(goals, drawn(dice, count), strict=True):
+                job.wait_for_samples(goal)
+                done.append(disturb(job, dice, event))
+        job.wait()
+        found = verdict(job)
+    finally:
+        print(f"{job.task.mode} seed {seed}, {job.task.form}: {', '.join(done)}")
+    return f"{job.task.mode} seed {seed}, {job.task.form}: {len(done)} events, {found}"
 
 
-@pytest.mark.parametrize(("mode", "seed"), [("dynamic", 1), ("deterministic", 2)])
-def test_each_sample_once_through_random_events(valkey: RedisServer, job: str, tmp_path: Path, mode: str, seed: int) -> None:
-    """Given three trainers and ten random events, when the job is over, then the surviving lineage consumed each sample exactly once."""
-    task = Task(samples=1200, epochs=3, mode=mode, form=FORMS[seed % 3], step_s=0.03)
-    found = prove(valkey, job, tmp_path, seed, 10, task, size=3, high=4)
-    assert (found["lost"], found["twice"]) == (0, 0), found["out"][-4000:]
-    assert found["events"] >= 5
+def task_of(mode: str, seed: int, **sizes: int) -> Task:
+    """The format is drawn by the seed."""
+    return Task(mode=mode, form=random.Random(seed).choice(sorted(COLUMNS)), **sizes)
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_sample_once_through_ten_events(job: str, tmp_path: Path, mode: str, seed: int) -> None:
+    """Given three trainers and ten random events, one of each kind among them, then the surviving lineage consumed each sample once."""
+    task = task_of(mode, seed, samples=1200, shard_size=30, save_every=3)
+    with valkey_server(tmp_path / "redis", KEPT) as server, training(server, job, tmp_path / "job", task, size=3, high=4) as disturbed:
+        prove(disturbed, seed, 10)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", SEEDS, ids=[f"seed{seed:02}" for seed in SEEDS])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_sample_once_through_sixty_events(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, seed: int) -> None:
+    """Given eight trainers, three epochs and sixty random events, then the surviving lineage consumed each sample once."""
+    task = task_of(mode, seed, samples=24_000, shard_size=100, global_batch=80)
+    with valkey_server(tmp_path / "redis", KEPT) as server, training(server, job, tmp_path / "job", task, size=8, high=10) as disturbed:
+        told = prove(disturbed, seed, 60)
+    with capsys.disabled():
+        print(f"\n{told}")
 
 
 @pytest.mark.parametrize(
@@ -68,24 +88,30 @@ def test_each_sample_once_through_random_events(valkey: RedisServer, job: str, t
 def test_a_kill_at_any_point_of_a_save_or_a_lease(valkey: RedisServer, job: str, tmp_path: Path, rank: int, fault: str, taken: int) -> None:
     """Given a rank that dies at step 10, its share of that save told or not, then the cut that is restored has all shares or is older."""
     task = Task(samples=450, epochs=2, shard_size=20)
-    with training(valkey, job, tmp_path, task, size=0, high=3) as trainers:
-        trainers.low = 3
+    with training(valkey, job, tmp_path / "job", task, size=0, high=3, low=3, ttl_s=30) as three:
         for n in range(3):
-            trainers.start(f"w{n}", RANK=str(n), DTR_TESTING="1", DTR_TEST_FAULT=f"{rank}:10:{fault}=kill")
-        eventually(lambda: trainers.children[f"w{rank}"].poll() is not None, timeout_s=60, what="the kill")
-        trainers.start(f"w{rank}")
-        trainers.wait()
-        found = verdict(tmp_path / "job", task)
-        lineage = json.loads((tmp_path / "job" / "lineage.json").read_text())
-        assert (found["lost"], found["twice"]) == (0, 0), (tmp_path / "job" / "out").read_text()
-        assert lineage[0][1] == taken
+            three.start(f"w{n}", RANK=str(n), DTR_TESTING="1", DTR_TEST_FAULT=f"{rank}:10:{fault}=kill")
+        eventually(lambda: three.children[f"w{rank}"].poll() is not None, timeout_s=60, what="the kill")
+        three.wait()
+        verdict(three)
+        lineage = json.loads((three.folder / "lineage.json").read_text())
+    assert lineage[0][1] == taken
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("mode", ["dynamic", "deterministic"])
-@pytest.mark.parametrize("seed", range(20))
-def test_each_sample_once_through_sixty_events(valkey: RedisServer, job: str, tmp_path: Path, mode: str, seed: int) -> None:
-    """Eight trainers, three epochs, sixty random events, the format drawn by the seed."""
-    task = Task(samples=24_000, epochs=3, shard_size=100, mode=mode, form=FORMS[seed % 3])
-    found = prove(valkey, job, tmp_path, seed, 60, task, size=8, high=10)
-    assert (found["lost"], found["twice"]) == (0, 0), found["out"][-4000:]
+def test_other_numbers_of_workers_see_the_same_global_batches(valkey: RedisServer, job: str, tmp_path: Path) -> None:
+    """Given a job that is killed and begun again, with 4 -> 3 -> 8 -> 1 workers, then its batches have the hashes of 4 throughout."""
+    task = Task(mode="deterministic", samples=1200, epochs=2, global_batch=24)
+    found = {}
+    for sizes in ([4], [4, 3, 8, 1]):
+        folder = tmp_path / f"job-of-{len(sizes)}"
+        with training(valkey, f"{job}-{len(sizes)}", folder, task, size=0, high=8) as several:
+            for size in sizes:
+                several.low = several.high = size
+                several.begin_again(size)
+                several.wait_for_samples(several.samples() + task.samples * task.epochs // 5)
+            several.wait()
+        assert verdict(several).runs == len(sizes)
+        found[len(sizes)] = sequence(folder)
+    assert found[4] == found[1]
+    assert list(found[1]) == [(epoch, number) for epoch in range(2) for number in range(50)]

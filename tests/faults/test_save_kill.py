@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from dtr.checkpoint.staging.reclaim import reclaim
 from dtr.checkpoint.staging.slots import scan
 from dtr.config import Settings
 from dtr.errors import CheckpointAborted, CoordinatorUnavailable
+from dtr.state.job import JobState
 from tests.proxy import Proxy
 from tests.ranks import running
 from tests.servers import RedisServer
@@ -54,9 +56,24 @@ for step in map(int, steps):
 """
 
 
-def trainer(settings: Settings, store: Path, *steps: int, fault: str = "none=raise") -> tuple[int, str]:
+# Saves step 1, and then other bytes under the same step; ends once that has been told.
+CONFLICT = """
+import os, sys
+from dtr.checkpoint.manager import CheckpointManager
+from dtr.config import Settings
+url, job, staging, store, fault = sys.argv[1:]
+settings = Settings.load(redis_url=url, job=job, staging=staging, ttl_s=1.5, beat_interval_s=0.2)
+manager = CheckpointManager(store, settings=settings)
+manager.save_async(b"first", 1).durable.result(60)
+os.environ["DTR_FAILPOINT"] = fault
+print(type(manager.save_async(b"other", 1).durable.exception(60)).__name__, flush=True)
+manager.close()
+"""
+
+
+def trainer(settings: Settings, store: Path, *steps: int, fault: str = "none=raise", text: str = TRAINER) -> tuple[int, str]:
     """Run one to its end; its exit code and what it said."""
-    command = [sys.executable, "-c", TRAINER, settings.redis_url, settings.job, settings.staging, str(store), fault, *map(str, steps)]
+    command = [sys.executable, "-c", text, settings.redis_url, settings.job, settings.staging, str(store), fault, *map(str, steps)]
     done = subprocess.run(command, env={**os.environ, "DTR_TESTING": "1"}, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode in {0, -signal.SIGKILL}, done.stderr
     return done.returncode, done.stdout
@@ -101,6 +118,24 @@ def test_a_torn_save_of_a_killed_trainer_is_nothing(settings: Settings, store: P
     assert committed(store, settings) == [2, 1]
     reclaim(settings.staging)
     assert scan(settings.staging) == []
+
+
+@pytest.mark.parametrize(("failpoint", "told"), [("save.before_report", 0), ("save.after_report", 1)])
+def test_a_kill_between_a_conflict_and_its_report(settings: Settings, store: Path, failpoint: str, told: int) -> None:
+    """The first save stands, the second one's slot is freed, and it is told once or, with the process that it was for, not at all."""
+    with uploading(settings):
+        assert trainer(settings, store, fault=f"{failpoint}=kill", text=CONFLICT)[0] == -signal.SIGKILL
+        eventually(lambda: not staged(settings), what="a free slot")
+        with (
+            CheckpointManager(store, settings=settings) as manager,
+            contextlib.closing(JobState(settings.redis_url, settings.job)) as state,
+        ):
+            assert state.redis.xlen(state.keys.failed_saves) == told
+            found = manager.restore()
+            assert found is not None
+            assert (found.step, found.state) == (1, b"first")
+            manager.save_async(b"next", 2).durable.result(WITHIN_S)
+    assert committed(store, settings) == [2, 1]
 
 
 @pytest.mark.parametrize("failpoint", BASE)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dtr.store import open_store, pieces, s3_requests
+from dtr.store import open_store, pieces, retrying, s3_requests
 from tests.cloud_servers import AzuriteServer, FakeGcsServer, RcloneServer, azurite_binary, fake_gcs_binary, rclone_binary
 from tests.s3_faults import FaultyS3
-from tests.servers import RedisServer, SeaweedServer, seaweed_server
+from tests.servers import SeaweedServer, seaweed_server
 from tests.uploads import Training, other_uploader, outcome, payload, verified
 
 PIECE_BYTES = 5 << 20
@@ -34,15 +34,8 @@ def proxy(seaweed: SeaweedServer) -> Iterator[FaultyS3]:
 @pytest.fixture
 def faulty(proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> FaultyS3:
     proxy.forget()
-    monkeypatch.setattr(s3_requests, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 0.02)
     return proxy
-
-
-@pytest.fixture
-def training(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Training]:
-    made = Training(valkey.url, job, tmp_path)
-    yield made
-    made.close()
 
 
 def use(training: Training, url: str, env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,20 +24,6 @@ from tests.proxy import Proxy
 from tests.servers import RedisServer, SeaweedServer, seaweed_server
 from tests.uploads import LIMITS, Training, follow, other_uploader, outcome, payload, verified, wait_for_stop
 from tests.waiting import eventually
-
-
-@pytest.fixture
-def training(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Training]:
-    made = Training(valkey.url, job, tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def pair(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Training]:
-    made = Training(valkey.url, job, tmp_path, world_size=2)
-    yield made
-    made.close()
 
 
 def staged(training: Training) -> list[int]:

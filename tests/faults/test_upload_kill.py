@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from dtr.checkpoint import parts
 from dtr.checkpoint.staging.slots import finish
 from dtr.errors import NotFound
-from tests.servers import RedisServer
 from tests.uploads import LIMITS, Training, follow, other_uploader, outcome, payload, verified, wait_for_stop
 from tests.waiting import eventually
 
 UPLOADING = ["upload.after_claim", "upload.mid_put", "upload.after_put", "upload.after_part_done"]
 DECIDING = ["commit.before_manifest", "commit.after_manifest", "commit.before_decide"]
-
-
-@pytest.fixture
-def training(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Training]:
-    made = Training(valkey.url, job, tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def pair(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Training]:
-    made = Training(valkey.url, job, tmp_path, world_size=2)
-    yield made
-    made.close()
 
 
 def killed(training: Training, name: str, *, step: int = 1, rank: int | str = 0) -> None:

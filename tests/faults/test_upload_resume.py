@@ -15,24 +15,21 @@ import numpy as np
 import pytest
 
 from dtr.checkpoint import checksum
+from dtr.checkpoint.keeping import orphans
+from dtr.checkpoint.keeping.collect import Scene, look
+from dtr.checkpoint.keeping.orphans import sweep
+from dtr.checkpoint.survey import record_key
 from dtr.checkpoint.uploading.upload import Limits
 from dtr.store import open_store, pieces
 from dtr.store.durable import TEMPORARY
 from tests.resuming import Uploaders, killed_again_and_again, noted, uploaders
 from tests.s3_faults import FaultyS3
-from tests.servers import RedisServer, SeaweedServer, seaweed_server
+from tests.servers import SeaweedServer, seaweed_server
 from tests.uploads import LIMITS, Training, other_uploader, outcome, wait_for_stop
 from tests.waiting import eventually
 
 MIB = 1 << 20
 AT_ONCE = 4  # parts that an upload to S3 has in flight at most
-
-
-@pytest.fixture
-def training(valkey: RedisServer, job: str, tmp_path: Path) -> Iterator[Training]:
-    made = Training(valkey.url, job, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +121,35 @@ def test_fifty_kills_in_two_gibibytes(training: Training, store: str, request: p
 class TestOneKill:
     """Each point at which an upload may end between two requests."""
 
-    @pytest.mark.parametrize("point", ["store.s3.after_create", "store.s3.before_complete", "store.s3.after_complete", "upload.after_put"])
+    @pytest.mark.parametrize("newest", [False, True])
+    def test_an_upload_that_is_on_no_record_is_an_orphan(self, s3: Training, monkeypatch: pytest.MonkeyPatch, newest: bool) -> None:
+        """Killed between the service's answer and the record, and then all is lost, slot and Redis: `gc --orphans` aborts the upload.
+
+        In the newest run, which may be about to begin one, only when it is old enough.
+        """
+        s3.stage(data=noise(40 * MIB))
+        assert outcome(other_uploader(s3, fault="store.s3.before_record=kill"))[0] == -signal.SIGKILL
+        redis, k, run = s3.state.redis, s3.state.keys, s3.run.id
+        redis.delete(k.ckpt(run, 1), k.parts(run, 1), k.ckpts, k.open_ckpts)
+        redis.hset(k.run(run), "store", s3.store_url)
+        if not newest:
+            redis.hset(k.run("0002-next"), mapping={"base_state": "SET", "base_run": "", "store": s3.store_url, "keep_last": 0})
+            redis.hset(k.lineage, "0002-next", "")
+            redis.hset(k.meta, "last_run", "0002-next")
+            s3.store.put(record_key(run), b"a run that left nothing else")
+        store = open_store(s3.store_url).child(s3.job)
+        scene = look(s3.state, store)
+        assert isinstance(scene, Scene)
+        assert sweep(store, s3.state, scene, dry_run=True).uploads == 0
+        assert sweep(store, s3.state, scene).uploads == (0 if newest else 1)
+        monkeypatch.setattr(orphans, "_YOUNG_S", 0.0)
+        assert sweep(store, s3.state, scene).uploads == (1 if newest else 0)
+        assert s3.store.abort_uploads() == 0
+
+    @pytest.mark.parametrize(
+        "point",
+        ["store.s3.before_record", "store.s3.after_create", "store.s3.before_complete", "store.s3.after_complete", "upload.after_put"],
+    )
     def test_s3(self, s3: Training, faulty: FaultyS3, point: str) -> None:
         """Killed there: the next one commits, every piece was sent once, no upload stays open, no second object."""
         data = noise(40 * MIB)

@@ -31,10 +31,13 @@ TINY: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         },
     ),
     "data": (
-        ["--rounds", "1", "--samples", "2000", "--epoch-samples", "20000", "--operations", "50", "--workers", "20", "--shards", "200"],
+        [
+            *("--rounds", "1", "--samples", "2000", "--epoch-samples", "20000", "--operations", "50"),
+            *("--workers", "20", "--shards", "210", "--no-peers"),
+        ],
         {
             "ratios": ["over_bare_reader", "over_bare_reader_npy", "lease_over_evalsha", "report_over_evalsha"],
-            "figures": ["resume_s", "slowest_script_ms_1000", "samples_per_s", "mb_per_s", "core_share_1000", "redis_bytes_1000"],
+            "figures": ["resume_s", "slowest_script_ms_1000", "samples_per_s", "mb_per_s", "core_share_1000", "redis_mb_1000"],
         },
     ),
     "restore": (

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,24 +39,6 @@ from tests.uploading import Uploads, uploading
 from tests.waiting import eventually
 
 WITHIN_S = 30
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def uploads(settings: Settings) -> Iterator[Uploads]:
-    with uploading(settings) as running_uploads:
-        yield running_uploads
-    assert not running_uploads.failures
-
-
-@pytest.fixture
-def manager(settings: Settings, store: Path) -> Iterator[CheckpointManager]:
-    with CheckpointManager(store, settings=settings) as made:
-        yield made
 
 
 def settled(state: JobState, run: str, step: int) -> str:

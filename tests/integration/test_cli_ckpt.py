@@ -136,6 +136,14 @@ def test_rebuild_fills_an_emptied_redis(stored, dtr, raw):
     assert "store is not set" in dtr.err
 
 
+def test_rebuild_from_a_store_that_holds_nothing_of_the_job_changes_nothing(stored, dtr, raw, tmp_path):
+    """A misspelt URL would else make an emptied Redis a fresh job, and list what Redis knows as if the store held it."""
+    raw.delete(*raw.scan_iter(f"dtr:{{{stored.settings.job}}}:*"))
+    assert dtr("rebuild", "--from", str(tmp_path / "misspelt"), code=1) == ""
+    assert f"misspelt holds no run of job {stored.settings.job}" in dtr.err
+    assert not [*raw.scan_iter(f"dtr:{{{stored.settings.job}}}:*")]
+
+
 def test_a_commit_without_its_manifest_is_damaged(stored, dtr):
     """Redis says committed, the store has no decision: I1 is broken, and the list says so."""
     manifest_of(stored, 10).unlink()

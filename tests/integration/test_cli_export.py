@@ -86,6 +86,26 @@ def test_an_export_that_fails_half_way_leaves_nothing(
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_what_a_killed_export_left_goes_with_the_next(history: History, dtr: Dtr, tmp_path: Path) -> None:
+    """SIGKILL half-way leaves a folder beside the wanted one: the next export there removes it, and not that of one under way."""
+    where = ["--url", history.settings.redis_url, "--job", history.settings.job]
+    children = []
+    for name in ("dead", "alive"):
+        env = {**os.environ, "DTR_TESTING": "1", "DTR_FAILPOINT": f"export.mid_part=sleep:30@{tmp_path / name}"}
+        children.append(start(["ckpt", "export", "latest", str(tmp_path / "out"), *where], env=env))
+        eventually((tmp_path / name).exists, what="an export under way")
+    dead, alive = children
+    before = set(tmp_path.glob(".out.*.part"))
+    dead.kill()
+    dead.communicate()
+    dtr("ckpt", "export", "latest", str(tmp_path / "out"))
+    left = set(tmp_path.glob(".out.*.part"))
+    assert (len(before), len(left)) == (2, 1) and left < before
+    alive.send_signal(signal.SIGINT)
+    alive.communicate(timeout=WITHIN_S)
+    assert not list(tmp_path.glob(".out.*.part"))
+
+
 def test_ctrl_c_in_an_export(history: History, tmp_path: Path) -> None:
     """Exit 130 without a word, and nothing half-written."""
     where = ["--url", history.settings.redis_url, "--job", history.settings.job]

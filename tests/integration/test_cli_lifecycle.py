@@ -137,6 +137,9 @@ def test_rm_is_soft_and_refuses_what_must_stay(history: History, dtr: Dtr) -> No
         assert dtr("ckpt", "rm", name, code=code) == ""
         assert says in dtr.err  # type: ignore[attr-defined]
     assert "deleted" in dtr("ckpt", "rm", f"{history.b}/25")
+    for command in (["verify"], ["export"]):
+        dtr("ckpt", *command, f"{history.b}/25", *(["out"] if command == ["export"] else []), code=1, store=str(history.folder))
+        assert f"{history.b}/25 was retired" in dtr.err  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

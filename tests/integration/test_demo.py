@@ -88,6 +88,9 @@ def test_a_small_demo_holds_every_check_and_leaves_nothing(tmp_path, environment
     assert 0 < figures["noticed_ms"] < 5_000
     assert 0 < figures["recovery_s"] < 30
     assert figures["loss_last"] < figures["loss_first"]
+    assert (figures["samples_lost"], figures["samples_twice"]) == (0, 0)
+    assert figures["epochs"] > 1.5
+    assert figures["samples_redone"] > 0
     assert "Valkey" in done.stderr
     assert "\x1b" not in done.stderr
     for told in (
@@ -96,6 +99,8 @@ def test_a_small_demo_holds_every_check_and_leaves_nothing(tmp_path, environment
         "barrier 'gradients' broke: rank 2",
         "departed: signal 9",
         "on 3 ranks in",
+        "the data goes back too: to",
+        "epoch 0 ends with step",
         "trainer 2 is back",
     ):
         assert told in done.stderr
@@ -107,12 +112,24 @@ def test_two_trainers_nobody_killed_and_a_store_that_stays(tmp_path, environment
     options = ["--workers=2", "--steps=12", "--no-kill", "--keep", f"--store=file://{tmp_path / 'mine'}"]
     done = subprocess.run(small(*options), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all 8 checks hold" in done.stdout
+    assert "all 10 checks hold" in done.stdout
     assert "SIGKILL" not in done.stdout
     assert len(list((tmp_path / "mine").glob("demo-*/demo/runs/*/*/manifest.json"))) == 12
     (kept,) = (tmp_path / "tmp").iterdir()
+    assert consumed(kept, epoch=0) == list(range(921))  # 12 steps of two times 96 samples, for 2.5 epochs
+    assert len(set(consumed(kept, epoch=1))) == len(consumed(kept, epoch=1)) > 0
     assert f"kept: {kept}" in done.stdout
     assert ours(tmp_path) == {str(kept)}
+
+
+def consumed(kept: Path, *, epoch: int) -> list[int]:
+    """The samples that were trained on in this epoch, by the logs that anyone can read."""
+    found: list[int] = []
+    for log in (kept / "consumed").iterdir():
+        for line in map(json.loads, log.read_text().splitlines()):
+            ranges = line["samples"].split() if line["epoch"] == epoch else []
+            found += [number for start, _, stop in (text.partition("-") for text in ranges) for number in range(int(start), int(stop))]
+    return sorted(found)
 
 
 def said_until(child: subprocess.Popen[str], awaited: str) -> str:

@@ -27,17 +27,6 @@ WITHIN_S = 30
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def uploads(settings: Settings) -> Iterator[Uploads]:
-    with uploading(settings) as running_uploads:
-        yield running_uploads
-
-
-@pytest.fixture
 def state(settings: Settings) -> Iterator[JobState]:
     found = JobState(settings.redis_url, settings.job, name="test")
     yield found
@@ -172,15 +161,45 @@ def test_a_report_whose_reply_is_lost_is_written_once(
     assert len([one for one in status.read(state, event_count=50).events if one.event == "save_failed"]) == 1
 
 
-def test_a_skipped_save_counts_as_failed(settings: Settings, store: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """No slot is free and the policy is ``skip``: the next save says so."""
-    here = replace(settings, slot_policy="skip")
+@pytest.mark.parametrize("policy", ["warn", "fatal"])
+def test_a_skipped_save_is_warned_of(settings: Settings, store: Path, caplog: pytest.LogCaptureFixture, policy: str) -> None:
+    """No slot is free and the policy is ``skip``: the next save says so, and goes on under ``fatal`` too, since that was chosen."""
+    here = replace(settings, slot_policy="skip", on_failed_save=policy)
     with CheckpointManager(store, settings=here) as manager:
         handles = [manager.save_async(b"%d" % step, step) for step in range(3)]
         assert handles[2].progress().state == "SKIPPED"
         with caplog.at_level(logging.WARNING, logger="dtr.checkpoint.saving.failures"):
             manager.save_async(b"3", 3)
         assert ["step 2 failed (SKIPPED)" in told for told in said(caplog)] == [True]
+
+
+def test_skipped_saves_count_for_rpo(settings: Settings, store: Path) -> None:
+    """What is at stake grows, whyever nothing is saved."""
+    here = replace(settings, slot_policy="skip", on_failed_save="rpo", rpo_s=1e-6)
+    with CheckpointManager(store, settings=here) as manager:
+        for step in range(3):
+            manager.settings = replace(here, on_failed_save="warn")
+            manager.save_async(b"%d" % step, step)
+        manager.settings = here
+        with pytest.raises(SaveFailed, match=r"step 2 failed \(SKIPPED\)|step . is not committed"):
+            manager.save_async(b"3", 3)
+
+
+def test_a_rank_that_skips_stops_no_other(settings: Settings, store: Path, uploads: Uploads) -> None:
+    """Its checkpoint is aborted for all, with the reason; under ``fatal`` nobody raises for it."""
+    with running(replace(settings, on_failed_save="fatal", slot_policy="skip"), store, 2) as job:
+        job.commit(lambda r: {"w": 1}, 1)
+        arena = job.ranks[1].manager._saves._stage._arena
+        assert arena is not None
+        taken = [arena.acquire(10) for _ in range(2)]
+        handle = job.ranks[0].manager.save_async({"w": 2}, 2)
+        job.ranks[1].manager.save_async({"w": 2}, 2)
+        with pytest.raises(CheckpointAborted, match="rank 1: skipped"):
+            handle.durable.result(WITHIN_S)
+        for slot in taken:
+            assert slot is not None
+            slot.free()
+        job.commit(lambda r: {"w": 3}, 3)
 
 
 def test_a_full_arena_quotes_what_holds_uploads_back(settings: Settings, tmp_path: Path) -> None:

@@ -28,21 +28,9 @@ from tests.waiting import eventually
 WITHIN_S = 30
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chunk_format.cut.__kwdefaults__, "chunk_bytes", CHUNK_BYTES)
-
-
-@pytest.fixture
-def uploads(settings: Settings) -> Iterator[Uploads]:
-    with uploading(settings) as running_uploads:
-        yield running_uploads
-    assert not running_uploads.failures
 
 
 def of_rank(rank: Rank, step: int = 1) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,18 +57,6 @@ def flip(path: Path) -> None:
 def part(store: Path, rank: int, step: int) -> Path:
     (found,) = store.glob(f"*/runs/*/{step:012d}/part-{rank:05d}-*")
     return found
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def uploads(settings: Settings) -> Iterator[Uploads]:
-    with uploading(settings) as running_uploads:
-        yield running_uploads
-    assert not running_uploads.failures
 
 
 def survive(job: Job) -> None:

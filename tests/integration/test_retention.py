@@ -295,7 +295,7 @@ def test_the_reconciler_asks_for_it_now_and_then(here: Settings, folder: Path) -
     clock = Hours()
     reconciler = Reconciler(redis_url=here.redis_url, staging=here.staging, host="h", collect_interval_s=100.0, clock=clock)
     asked = []
-    for _ in range(40):
+    for _ in range(41):  # from 0 s to 400 s; the first turn falls on one of 10, 20, ..., 100 s
         asked.append(reconciler.look().collects.count(here.job))
         clock.sleep(10.0)
     reconciler.close()

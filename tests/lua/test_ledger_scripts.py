@@ -46,9 +46,10 @@ def lease(
 ) -> str:
     """One lease."""
     k = state.keys
-    keys = [k.meta, k.roster, k.fences, *k.ledger("numbers", 0, run.id), k.quarantine("numbers", "d")]
+    keys = k.ledger("numbers", 0, run.id)
     args = [*seat(who, run), have, want, known, start, KEEP_MS, " ".join(map(str, candidates)), number]
-    return str(state.call("ledger_lease", keys, args))
+    where = [k.meta, k.roster, k.fences, keys.ledger, keys.taken, k.quarantine("numbers", "d")]
+    return str(state.call("ledger_lease", where, args))
 
 
 def report(state: JobState, who: Identity, run: Run, *sums: Any, have: int = 1, step: Any = 3, batch: int = 0, old: int = -1) -> int:
@@ -100,10 +101,10 @@ def test_the_base_is_set_once_and_all_ranks_mean_the_same(job_state: JobState) -
 def test_candidates_come_first_and_then_any_that_is_free(job_state: JobState) -> None:
     """Given a base of four shards, when ranks lease, then candidates that are free come first, in their order, and others if asked."""
     (a, b), run = opened(job_state, "a", "b", start=base(((0, 4),)))
-    assert lease(job_state, a, run, 9, 2, 5, 6, want=2) == "5 0|9:1 5:2|"
-    assert lease(job_state, b, run, 9, 5) == "5 0||"
-    assert lease(job_state, b, run, 9, want=2, start=0, number=2) == "3 0|4:3 6:4|"
-    assert lease(job_state, a, run, want=5, start=1, known=2, number=2) == "0 0|8:5 10:6 7:7|"
+    assert lease(job_state, a, run, 9, 2, 5, 6, want=2) == "0|9:1 5:2|"
+    assert lease(job_state, b, run, 9, 5) == "0||"
+    assert lease(job_state, b, run, 9, want=2, start=0, number=2) == "0|4:3 6:4|"
+    assert lease(job_state, a, run, want=5, start=1, known=2, number=2) == "0|8:5 10:6 7:7|"
     assert fields(job_state, run)["lease/9"] == f"a {a.incarnation} 1"
 
 
@@ -130,14 +131,14 @@ def test_a_repeated_lease_answers_what_the_first_did(job_state: JobState) -> Non
 def test_a_number_that_an_ended_run_used_up_is_not_answered_from_it(job_state: JobState) -> None:
     """Given a lease that took effect before its run ended unnoticed, when its number comes again in the next run, it is a new lease."""
     (a, b), run = opened(job_state, "a", "b")
-    assert lease(job_state, a, run, 3) == "10 0|3:1|"
+    assert lease(job_state, a, run, 3) == "0|3:1|"
     leave(job_state, b)
     with pytest.raises(RosterChanged):
         lease(job_state, a, run, 3)
     arrive(job_state, a, low=1, high=1, number=2, after=run.id)
     following = read_run(job_state, "0002-test", worker_id="a")
     open_ledger(job_state, a, following)
-    assert lease(job_state, a, following, 5, want=1) == "10 0|5:1|"
+    assert lease(job_state, a, following, 5, want=1) == "0|5:1|"
 
 
 def test_a_redis_that_lost_a_lease_is_found_out(job_state: JobState) -> None:
@@ -175,7 +176,7 @@ def test_a_shard_in_quarantine_is_nobodys(job_state: JobState) -> None:
     assert quarantine(job_state, a, run, 9, 1) == 1
     assert job_state.redis.hgetall(job_state.keys.quarantine("numbers", "d")) == {"9": "not JSON"}
     job_state.redis.setbit(job_state.keys.ledger("numbers", 0, run.id).taken, 9, 0)  # as in the next epoch
-    assert lease(job_state, b, run, 9, want=2, start=0) == "0 0|10:2|9"
+    assert lease(job_state, b, run, 9, want=2, start=0) == "0|10:2|9"
     events = [e for _, e in job_state.redis.xrange(job_state.keys.events) if e["event"] == "shard_quarantined"]
     assert [e["reason"] for e in events] == ["not JSON"]
 

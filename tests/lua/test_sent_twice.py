@@ -22,10 +22,12 @@ from tests.lua import checkpoints as ckpt
 from tests.lua import jobs
 from tests.lua import test_ckpt_data as data
 from tests.lua import test_dataset_scripts as dataset
+from tests.lua import test_journal_scripts as journal
 from tests.lua import test_ledger_scripts as ledger
 from tests.lua import test_placement_scripts as placement
 from tests.lua import test_restore_scripts as restore
 from tests.lua import test_retention_scripts as retention
+from tests.lua import test_speed_script as speed
 from tests.proxy import Proxy
 from tests.servers import RedisServer
 
@@ -141,6 +143,11 @@ def placement_install(state: JobState) -> Act:
     (a, _b), run = jobs.formed(state, "a", "b")
     placement.claim(state, a, run)
     return lambda s: placement.install(s, a, run)
+
+
+def speed_note(state: JobState) -> Act:
+    (a, _b), run = jobs.formed(state, "a", "b")
+    return lambda s: speed.note(s, a, run)
 
 
 def restore_offer(state: JobState) -> Act:
@@ -305,6 +312,15 @@ def ledger_report(state: JobState) -> Act:
     (a,), run = ledger.opened(state, "a")
     ledger.lease(state, a, run, 3)
     return lambda s: ledger.report(s, a, run, 3, 1, "0-25")
+
+
+def journal_note(state: JobState) -> Act:
+    (a,), run = jobs.formed(state, "a")
+    return effect(lambda s: journal.note(s, a, run, 3))
+
+
+def dataset_skip(state: JobState) -> Act:
+    return effect(lambda s: journal.skip(s, "part-0.jsonl:3-7"))
 
 
 def ledger_quarantine(state: JobState) -> Act:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dtr.placement import Placement, ShardPoints, place
 from dtr.ring import Ring
+from dtr.weights import settled
 
 NAMES = st.sampled_from([f"w{n}" for n in range(12)])
 
@@ -81,7 +82,7 @@ class Job(RuleBasedStateMachine):
     def begin(self, shards: int, first: set[str], *, weighted: bool) -> None:
         """The first placement is the oracle's walk with the oracle's quotas."""
         self.shards, self.members, self.weighted = shards, set(first), weighted
-        self.weights: dict[str, int] = {}
+        self.weights: dict[str, float] = {}
         self.points = ShardPoints.of("data", shards)
         self.ring = Ring.of(first)
         self.placement = place(self.ring, self.points)
@@ -92,6 +93,11 @@ class Job(RuleBasedStateMachine):
     def owners(self, placement: Placement) -> dict[str, str]:
         return {f"data/{n}": placement.workers[owner] for n, owner in enumerate(placement.owner)}
 
+    def exact(self) -> dict[str, Fraction]:
+        """The weights of the members as placement promises to read them: to one part in 2**20 of the greatest."""
+        given = {w: self.weights.get(w, 1) for w in self.members}
+        return {w: Fraction(round(weight / max(given.values()) * 2**20)) for w, weight in given.items()}
+
     def change(self) -> None:
         """Place anew; check moves against the minimum and each orphan against the walk."""
         before = self.owners(self.placement)
@@ -100,8 +106,7 @@ class Job(RuleBasedStateMachine):
         self.placement = place(self.ring, self.points, previous=self.placement, weights=self.weights)
         after = self.owners(self.placement)
         moved = [shard for shard in before if before[shard] != after[shard]]
-        exact = {w: Fraction(self.weights.get(w, 1)) for w in self.members}
-        assert len(moved) == fewest_moves(self.shards, held, self.members, exact)
+        assert len(moved) == fewest_moves(self.shards, held, self.members, self.exact())
         check_released(before, after, self.members)
         gained = Counter(after[shard] for shard in moved)
         assert {shard: after[shard] for shard in moved} == walk(self.members, {w: gained[w] for w in self.members}, moved)
@@ -129,6 +134,13 @@ class Job(RuleBasedStateMachine):
         self.weights[worker] = weight
         self.change()
 
+    @precondition(lambda self: self.weighted)
+    @rule(speeds=st.dictionaries(NAMES, st.floats(0.1, 1e4)))
+    def measure(self, speeds: dict[str, float]) -> None:
+        """Weights of any size, as speeds make them."""
+        self.weights = settled(self.weights, speeds, self.members)
+        self.change()
+
     @invariant()
     def shares_are_exact(self) -> None:
         """Every shard once, each worker within one of its share; without weights no two differ by more than one."""
@@ -139,9 +151,9 @@ class Job(RuleBasedStateMachine):
         assert sum(counts.values()) == self.shards
         if not self.weights:
             assert max(counts.values()) - min(counts.values()) <= 1
-        total = sum(Fraction(self.weights.get(w, 1)) for w in counts)
+        exact = self.exact()
         for worker, count in counts.items():
-            assert abs(count - Fraction(self.weights.get(worker, 1)) * self.shards / total) < 1
+            assert abs(count - exact[worker] * self.shards / sum(exact.values())) < 1
 
 
 Job.TestCase.settings = settings(max_examples=100, stateful_step_count=12, deadline=None)

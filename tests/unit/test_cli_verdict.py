@@ -108,6 +108,14 @@ def test_a_host_without_uploader_is_warned_of_with_the_remedy():
     assert text == "no uploader on h1 (2 members, 1 staged part waits): start `celery -A tasks worker` or `dtr up` there"
 
 
+@pytest.mark.parametrize(("said", "warns"), [("45", True), ("0", False), ("x", False), (None, False)])
+def test_an_uploader_that_takes_up_nothing_is_warned_of(said, warns):
+    """It is there, and parts wait: its own word for it counts."""
+    stuck = UploaderView(host="h1", present=True, members=2, waiting_parts=1, fields={} if said is None else {"stuck_s": said})
+    text = warned(worker(0), uploaders=(stuck,))
+    assert text == ("the uploader on h1 has taken up no part for 45 s: see its log, or start it anew" if warns else "")
+
+
 def test_many_hosts_without_uploader_are_one_warning():
     """A thousand lines would hide the others: the first hosts are named, the rest counted."""
     missing = tuple(UploaderView(host=f"h{i}", present=False, members=2, waiting_parts=0, fields={}) for i in range(9))

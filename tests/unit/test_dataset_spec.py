@@ -110,6 +110,7 @@ class TestFinding:
             (None, "path must be the path of"),
             (b"bytes", "path must be the path of"),
             ("a\0b", "path must be the path of"),
+            ("a\nb", "path must be .*in one line, got 'a.nb'"),
             ("http://host/key", "got the unknown scheme 'http'"),
         ],
     )
@@ -118,6 +119,11 @@ class TestFinding:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InvalidInput, match=message):
             find_files(path, JSONL)
+
+    def test_the_url_of_a_file_is_a_path(self, tmp_path: Path) -> None:
+        """With what had to be quoted in it."""
+        (tmp_path / "a b.jsonl").write_text('{"id": 1}\n')
+        assert find_files(f"{tmp_path.as_uri()}/a%20b.jsonl", JSONL).files == ("a b.jsonl",)
 
     def test_an_empty_folder_is_refused(self, tmp_path: Path) -> None:
         """As is one with hidden files only."""
@@ -142,9 +148,10 @@ class TestFinding:
         with pytest.raises(DatasetMismatch, match=r"b\.jsonl cannot be read: No such file"):
             find_files(tmp_path, JSONL)
 
-    def test_a_name_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
-        """Redis could not show it."""
-        (tmp_path / os.fsdecode(b"a\xff.jsonl")).write_text('{"id": 1}\n')
+    @pytest.mark.parametrize("name", [b"a\xff.jsonl", b"a\n.jsonl", b"a\x1b[2J.jsonl"])
+    def test_a_name_that_cannot_be_shown_is_refused(self, tmp_path: Path, name: bytes) -> None:
+        """Neither Redis nor a line of a log or of a terminal could show it."""
+        (tmp_path / os.fsdecode(name)).write_text('{"id": 1}\n')
         with pytest.raises(DatasetMismatch, match="must be UTF-8"):
             find_files(tmp_path, JSONL)
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from dtr.errors import Unavailable
-from worker_agent.demo.corpus import sources, write_corpus
-from worker_agent.demo.feed import Feed
+from worker_agent.demo.corpus import numbered, sources, split, write_corpus
 from worker_agent.demo.gradients import SharedGradients, slice_of
 from worker_agent.demo.model import Adam, ByteModel, Shape, digest, load, state_of
 
@@ -18,7 +17,7 @@ SMALL = Shape(context=3, embedding=4, hidden=8)
 
 
 def samples(count: int, shape: Shape = SMALL) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (count, shape.sample_bytes), dtype=np.uint8)
+    return np.random.default_rng(1).integers(0, 256, (count, shape.text_bytes), dtype=np.uint8)
 
 
 def test_gradient_is_the_slope_of_the_loss():
@@ -104,10 +103,13 @@ def test_slices_cover_all_columns_once(world_size, width):
 
 
 def test_ranks_average_through_one_file(tmp_path):
-    """Threads as ranks, over several steps, with fast and slow ones mixed: each sees the true mean of every step."""
+    """Threads as ranks, over several steps, with fast and slow ones mixed: each sees the true mean of every step, by weight.
+
+    A row of weight 0 counts nothing, and the sum of weights is everybody's.
+    """
     world_size, width, steps = 3, 1000, 20
     barrier = threading.Barrier(world_size)
-    seen: dict[int, list[np.ndarray]] = {}
+    seen: dict[int, list[tuple[np.ndarray, int]]] = {}
 
     def meet(name: str) -> None:
         barrier.wait(30)
@@ -117,7 +119,8 @@ def test_ranks_average_through_one_file(tmp_path):
             seen[rank] = []
             for step in range(steps):
                 shared.own[...] = np.arange(width) * (rank + 1) + step
-                seen[rank].append(shared.average(meet).copy())
+                mean, total = shared.average(meet, weight=0 if step == 7 and rank else rank + 1)
+                seen[rank].append((mean.copy(), total))
 
     threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -125,9 +128,11 @@ def test_ranks_average_through_one_file(tmp_path):
     for thread in threads:
         thread.join(60)
     for step in range(steps):
-        expected = (np.arange(width) * 2 + step).astype(np.float32)
+        total, mean = (1, 1.0) if step == 7 else (6, 14 / 6)  # of 1, 2, 3 by weights 1, 2, 3
         for rank in range(world_size):
-            np.testing.assert_array_equal(seen[rank][step], expected)
+            np.testing.assert_allclose(seen[rank][step][0], np.arange(width) * mean + step, rtol=1e-6)
+            np.testing.assert_array_equal(seen[rank][step][0], seen[0][step][0])
+            assert seen[rank][step][1] == total
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,37 +143,46 @@ def library(folder: Path) -> Path:
     return folder
 
 
-def test_corpus_holds_whole_samples_of_the_sources_in_order(tmp_path):
-    """Tests and installed packages are left out; what is over at the end is cut to whole samples."""
+def test_corpus_holds_each_whole_sample_of_the_sources_once(tmp_path):
+    """Tests and installed packages are left out; what is over at the end is cut to whole samples; each has its number."""
     (tmp_path / "lib").mkdir()
-    found = write_corpus(tmp_path / "out", source=library(tmp_path / "lib"), sample_bytes=10, file_samples=2, limit_bytes=1000)
+    found = write_corpus(tmp_path / "out", source=library(tmp_path / "lib"), text_bytes=10, file_samples=2, samples=1000)
     files = sorted((tmp_path / "out").iterdir())
-    assert [len(file.read_bytes()) for file in files] == [20, 20, 10]
-    assert b"".join(file.read_bytes() for file in files) == b"a" * 25 + b"b" * 25
+    assert [len(file.read_bytes()) for file in files] == [28, 28, 14]
+    numbers, texts = split(np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8).reshape(5, 14))
+    assert numbers.tolist() == [0, 1, 2, 3, 4]
+    assert sorted(map(bytes, texts)) == sorted([b"a" * 10, b"a" * 10, b"a" * 5 + b"b" * 5, b"b" * 10, b"b" * 10])
     assert (found.sources, found.samples, found.files) == (2, 5, 3)
+
+
+def test_the_same_library_gives_the_same_bytes(tmp_path):
+    """Also in their order."""
+    (tmp_path / "lib").mkdir()
+    for name in ("one", "other"):
+        write_corpus(tmp_path / name, source=library(tmp_path / "lib"), text_bytes=3, file_samples=99, samples=1000)
+    assert (tmp_path / "one" / "stdlib-000.bin").read_bytes() == (tmp_path / "other" / "stdlib-000.bin").read_bytes()
 
 
 def test_corpus_stops_at_the_limit(tmp_path):
     """No more is read than is wanted."""
     (tmp_path / "lib").mkdir()
-    found = write_corpus(tmp_path / "out", source=library(tmp_path / "lib"), sample_bytes=10, file_samples=9, limit_bytes=22)
-    assert (found.sources, found.size_bytes) == (1, 20)
+    found = write_corpus(tmp_path / "out", source=library(tmp_path / "lib"), text_bytes=10, file_samples=9, samples=2)
+    assert (found.sources, found.samples) == (1, 2)
 
 
 def test_corpus_without_sources_says_what_to_do(tmp_path):
     """A Python without its sources is named."""
     with pytest.raises(Unavailable, match="no Python sources in"):
-        write_corpus(tmp_path / "out", source=tmp_path, sample_bytes=10, file_samples=2, limit_bytes=1000)
+        write_corpus(tmp_path / "out", source=tmp_path, text_bytes=10, file_samples=2, samples=1000)
     assert list(sources(tmp_path)) == []
 
 
-def test_feed_takes_each_sample_once_an_epoch():
-    """An epoch is a permutation, the next one another; the batch of a step does not depend on what was asked before."""
-    data = np.arange(10, dtype=np.uint8).reshape(-1, 1)
-    feed = Feed(data, batch=2, seed=1)
-    first = np.concatenate([feed.of_step(step) for step in range(5)])
-    second = np.concatenate([feed.of_step(step) for step in range(5, 10)])
-    assert sorted(first.tolist()) == sorted(second.tolist()) == data.tolist()
-    assert first.tolist() != second.tolist()
-    np.testing.assert_array_equal(Feed(data, batch=2, seed=1).of_step(7), feed.of_step(7))
-    assert len(Feed(data, batch=64, seed=1).of_step(3)) == 10
+def test_a_sample_knows_its_number_wherever_it_lies():
+    """Rows in any order and with gaps, also of numbers above one byte; none is fine too."""
+    texts = samples(1000)
+    rows = numbered(texts)
+    chosen = [999, 0, 256, 3]
+    numbers, found = split(rows[chosen])
+    assert numbers.tolist() == chosen
+    np.testing.assert_array_equal(found, texts[chosen])
+    assert [len(part) for part in split(rows[:0])] == [0, 0]

@@ -23,7 +23,8 @@ from worker_agent.demo.checks import Check
 from worker_agent.demo.director import Outcome
 from worker_agent.demo.figures import measure
 from worker_agent.demo.interrupts import Interrupts
-from worker_agent.demo.options import Options
+from worker_agent.demo.options import BATCH, Options
+from worker_agent.demo.proof import prove
 from worker_agent.demo.report import LiveReport, Now, PlainReport, conclude
 from worker_agent.demo.story import Story
 from worker_agent.demo.workplace import SHARED_MEMORY, Workplace, clean_environment, memory_base
@@ -58,6 +59,16 @@ def test_the_kill_comes_after_the_first_save_and_well_before_the_end(steps):
     """There has to be something to restore, and time for the replacement."""
     options = Options(steps=steps)
     assert options.save_every <= options.kill_at < steps * 3 // 4
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"), [({}, 61_440), ({"workers": 16}, 245_760), ({"steps": 100_000}, 352_941), ({"steps": 1, "workers": 1}, 38)]
+)
+def test_the_data_is_so_small_that_epochs_end(options, samples):
+    """Two epochs end within the steps, unless the library has too few samples for it."""
+    asked = Options(kill=False, **options)
+    assert asked.samples(17) == samples
+    assert asked.samples(17) * 2 <= asked.steps * asked.workers * BATCH
 
 
 def test_a_given_store_gets_a_folder_of_its_own_for_each_demo(tmp_path):
@@ -243,8 +254,9 @@ def test_advice_can_be_typed_as_it_stands(tmp_path):
 
 
 NOW = Now(
-    step=41, steps=400, loss=2.5, step_s=0.05, doing={"0": "training", "1": "killed", "2": "training"}, saved=2, durable=1, stall_s=0.009
-)
+    step=41, steps=400, loss=2.5, step_s=0.05, doing={"0": "training", "1": "killed", "2": "training"}, saved=2, durable=1, stall_s=0.009,
+    epoch=1, consumed=20_736, samples=61_440,
+)  # fmt: skip
 LONG = "barrier 'mean' round 17 of run 0001-abcd is broken: rank 2 (a-long-host-name-1234abcd-2) departed: signal 9 (SIGKILL)"
 
 
@@ -270,6 +282,7 @@ def test_on_a_terminal_no_line_is_wider_than_the_screen(width):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", out.getvalue())
     assert max(len(line.rstrip()) for line in plain.splitlines()) <= width
     assert "step 42 of" in plain
+    assert width < 40 or "epoch 1, 33 % of 61,440 samples" in plain
     assert width < 80 or "trainers 0, 2 training; 1 killed" in plain
     assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1
 
@@ -292,7 +305,10 @@ def without_a_process(monkeypatch, tmp_path):
 
 
 def outcome(*, ok: bool) -> Outcome:
-    return Outcome(figures=measure(Story(), [], workers=4, seconds=1.0), checks=[Check(ok=ok, what="a", detail="b")], store="file:///s")
+    proof = prove([], {}, samples=1)
+    return Outcome(
+        figures=measure(Story(), [], proof, workers=4, seconds=1.0), checks=[Check(ok=ok, what="a", detail="b")], store="file:///s"
+    )
 
 
 @pytest.mark.usefixtures("without_a_process")

@@ -15,6 +15,7 @@ from dtr.runs import Member, Run
 from worker_agent.demo.checks import Check, Ending, check_all
 from worker_agent.demo.figures import Upload, measure
 from worker_agent.demo.narrator import Narrator
+from worker_agent.demo.proof import Position, Proof
 from worker_agent.demo.records import (
     Committed,
     Event,
@@ -35,6 +36,7 @@ from worker_agent.demo.trainer import blamed
 WORKERS = ["host-0", "host-1", "host-2", "host-3"]
 FIRST, SECOND, THIRD = "0001-aaaa", "0002-bbbb", "0003-cccc"
 KILL = Kill(at=2.0, wall_ms=1_000_000.0, worker="host-2", rank=2, pid=102, run=FIRST, step=5)
+BATCH = 4  # samples that each rank takes for a step; step 7 is the first of epoch 1
 REASON = "rank 2 (host-2) departed: signal 9 (SIGKILL)"
 
 # Twelve shards: three each; host-2's go to the others; on its return it gets three, one of each.
@@ -62,7 +64,8 @@ def in_run(
         found.append((at + 0.1, worker, Restored(run=run, rank=rank, from_run=from_run, step=step, digest=what, seconds=0.1)))
         for number, step in enumerate(steps):
             now = at + 0.2 + number / 10
-            found.append((now, worker, Stepped(run=run, step=step, loss=5.0 - step / 4)))
+            loss = 5.0 - step / 4
+            found.append((now, worker, Stepped(run=run, step=step, loss=loss, epoch=int(step > 6), samples=BATCH * len(members))))
             if step in save_at:
                 stall_s = 0.02 if rank == 0 else 0.001
                 found.append(
@@ -107,9 +110,18 @@ def told(notes: Iterable[Note]) -> Story:
     return story
 
 
+POSITION = Position(epoch=1, consumed=((0, 60),))
+PROOF = Proof(
+    samples=84, position=POSITION, consumed=144, lost=0, twice=0, strange=0, abandoned_steps=3, abandoned_samples=44
+)  # fmt: skip
+
+
 def ending(**changes: Any) -> Ending:
     verified = {f"{FIRST}/3": "", f"{SECOND}/7": "", f"{THIRD}/11": ""}
-    whole = Ending(workers=4, steps=12, kill=True, status=0, verified=verified, last_restored=(THIRD, 11), last_digest=digest(11))
+    whole = Ending(
+        workers=4, steps=12, kill=True, status=0, verified=verified, last_restored=(THIRD, 11), last_digest=digest(11), proof=PROOF,
+        position=POSITION,
+    )  # fmt: skip
     return dataclasses.replace(whole, **changes)
 
 
@@ -147,7 +159,7 @@ def test_a_good_demo_passes_every_check():
     """Nothing is held against a demo in which all went as it should."""
     checks = check_all(told(rehearsal()), ending())
     assert failed(checks) == []
-    assert len(checks) == 11
+    assert len(checks) == 13
 
 
 def test_the_order_in_which_notes_are_read_does_not_matter():
@@ -159,7 +171,7 @@ def test_the_order_in_which_notes_are_read_does_not_matter():
         per_worker = {worker: iter([note for note in in_order if note.worker == worker]) for worker in WORKERS}
         story = told(next(per_worker[note.worker]) for note in mixed)
         assert failed(check_all(story, ending())) == []
-        assert measure(story, [], workers=4, seconds=1.0) == measure(told(in_order), [], workers=4, seconds=1.0)
+        assert measure(story, [], PROOF, workers=4, seconds=1.0) == measure(told(in_order), [], PROOF, workers=4, seconds=1.0)
 
 
 def changed(choose: Callable[[Note], bool], **changes: Any) -> list[Note]:
@@ -208,6 +220,13 @@ def test_each_check_can_fail_by_what_trainers_note(notes, what):
         ({"verified": {f"{FIRST}/3": "", f"{THIRD}/11": ""}}, "every checkpoint verifies"),
         ({"running": ["process 7"]}, "nothing left running or in shared memory"),
         ({"remains": ["gradients/x"]}, "nothing left running or in shared memory"),
+        ({"proof": dataclasses.replace(PROOF, lost=1)}, "each sample exactly once"),
+        ({"proof": dataclasses.replace(PROOF, twice=1)}, "each sample exactly once"),
+        ({"proof": dataclasses.replace(PROOF, strange=1)}, "each sample exactly once"),
+        ({"proof": dataclasses.replace(PROOF, consumed=0)}, "each sample exactly once"),
+        ({"position": None}, "data position committed"),
+        ({"position": dataclasses.replace(POSITION, epoch=0)}, "data position committed"),
+        ({"position": dataclasses.replace(POSITION, consumed=((1, 61),))}, "data position committed"),
     ],
 )
 def test_each_check_can_fail_by_what_is_found_at_the_end(changes, what):
@@ -239,7 +258,41 @@ def test_without_a_kill_nothing_about_it_is_checked():
     story.kill = None
     checks = check_all(story, ending(kill=False, steps=6, last_restored=(FIRST, 3), last_digest=digest(3), verified={f"{FIRST}/3": ""}))
     assert failed(checks) == ["restores from outside the job"]
-    assert len(checks) == 8
+    assert len(checks) == 10
+
+
+def test_the_data_check_prints_its_numbers():
+    """Epochs, samples, and what was done again and does not count."""
+    details = {check.what: check.detail for check in check_all(told(rehearsal()), ending())}
+    assert details["each sample exactly once"] == "1 epoch of 84 + 60: 0 lost, 0 twice; 44 in 3 abandoned steps do not count"
+    assert details["data position committed"] == "epoch 1 after 60 samples, as in the logs"
+
+
+def test_the_position_is_that_of_the_newest_run():
+    """Samples of an epoch are counted up to a step, as the run that did each step last had it."""
+    story = told(rehearsal())
+    assert [story.position(step) for step in (0, 3, 6, 7, 11, 12)] == [(0, 16), (0, 64), (0, 100), (1, 12), (1, 76), None]
+    assert story.epoch_ends == {0: (SECOND, 6)}
+    assert story.runs[FIRST].samples_after(3) == 32
+
+
+def test_an_epoch_that_a_restore_went_back_into_ends_once_more():
+    """It is told again, as the newest run had it; what an older run's note says later changes nothing."""
+    story, narrator, lines = Story(), Narrator(saves=False), []
+    ends = [(FIRST, 0, 0), (FIRST, 1, 0), (FIRST, 2, 1), (SECOND, 1, 0), (SECOND, 2, 0), (SECOND, 3, 1), (FIRST, 2, 1)]
+    for run, step, epoch in ends:
+        event = Stepped(run=run, step=step, loss=1.0, epoch=epoch, samples=10)
+        story.add(Note(at=1.0, worker="host-0", pid=1, event=event))
+        lines += [line.text for line in narrator.fresh(story)]
+    assert lines == ["epoch 0 ends with step 1: 20 samples", "epoch 0 ends with step 2: 30 samples"]
+
+
+def test_the_lineage_is_what_trainers_restored():
+    """From a save back to the fresh start, each run with the last step that was taken from it; a run that nobody knows ends it."""
+    story = told(rehearsal())
+    assert story.lineage((THIRD, 11)) == {THIRD: 11, SECOND: 7, FIRST: 3}
+    assert story.lineage((SECOND, 7)) == {SECOND: 7, FIRST: 3}
+    assert story.lineage(("0009-zzzz", 7)) == {}
 
 
 def test_moves_name_who_gave_and_who_got():
@@ -251,7 +304,7 @@ def test_moves_name_who_gave_and_who_got():
 
 def test_figures_are_those_of_the_notes():
     """Times are counted from the kill, the stall is the slowest rank's, steps done twice are counted."""
-    found = measure(told(rehearsal()), [Upload(size_bytes=30_000_000, seconds=0.3)], workers=4, seconds=60.0)
+    found = measure(told(rehearsal()), [Upload(size_bytes=30_000_000, seconds=0.3)], PROOF, workers=4, seconds=60.0)
     assert (found.steps, found.steps_redone, found.saves, found.state_bytes) == (12, 3, 3, 30_000_000)
     assert found.noticed_ms == pytest.approx(33.0)
     assert found.recorded_ms == pytest.approx(12.0)
@@ -262,12 +315,13 @@ def test_figures_are_those_of_the_notes():
     assert found.upload_mb_per_s == pytest.approx(100.0)
     assert found.step_ms == pytest.approx(100.0)
     assert json.loads(json.dumps(found.as_dict()))["recovery_s"] == pytest.approx(1.2)
+    assert ("data", "144 samples, 1.71 epochs; 0 lost, 0 twice, 44 done again") in found.rows()
     assert ("detection", "33 ms to the last survivor; Redis knew after 12 ms") in found.rows()
 
 
 def test_figures_of_a_demo_in_which_nothing_happened():
     """There is a table all the same."""
-    assert dict(measure(Story(), [], workers=4, seconds=1.0).rows())["upload"] == "-"
+    assert dict(measure(Story(), [], PROOF, workers=4, seconds=1.0).rows())["upload"] == "-"
 
 
 def test_each_line_is_told_once_and_in_order():
@@ -286,18 +340,29 @@ def test_each_line_is_told_once_and_in_order():
         "noticed: Redis knew after 12 ms, the others within 33 ms",
         f"barrier 'mean' broke: {REASON}",
         "run 0002-bbbb: 3 ranks with 4 4 4 of 12 shards",
-        "only 3 shards moved: from trainer 2 to trainers 0 (1), 1 (1), 3 (1)",
+        "only 3 shards moved: trainer 2 to trainers 0 (1), 1 (1), 3 (1)",
         "restored step 3 of run 0001-aaaa on 3 ranks in 0.10 s",
+        "the data goes back too: to 64 samples of epoch 0; 32 come again",
         "training again with 3 ranks, 1.20 s after the kill",
+        "epoch 0 ends with step 6: 100 samples",
         "step 7 is saved: training stalled 20 ms, durable after 0.50 s",
         "trainer 2 is back: a barrier told 3 ranks in one round, after step 8",
         "run 0003-cccc: 4 ranks with 3 3 3 3 of 12 shards",
-        "only 3 shards moved: from trainers 0 (1), 1 (1), 3 (1) to trainer 2",
+        "only 3 shards moved: trainers 0 (1), 1 (1), 3 (1) to trainer 2",
         "restored step 7 of run 0002-bbbb on 4 ranks in 0.10 s",
+        "the data goes back too: to 12 samples of epoch 1; 12 come again",
         "training again with 4 ranks, 3.20 s after the kill",
         "step 11 is saved: training stalled 20 ms, durable after 0.50 s",
     ]
     assert narrator.fresh(story) == []
+
+
+def test_data_that_was_saved_with_the_last_step_does_not_go_back():
+    """Nothing was consumed after the save that is restored."""
+    narrator = Narrator(saves=False)
+    notes = [note for note in rehearsal() if not (isinstance(note.event, Stepped) and note.event.run == SECOND and note.event.step > 7)]
+    lines = [line.text for line in narrator.fresh(told(notes))]
+    assert "the data goes on after 12 samples of epoch 1" in lines
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,24 @@ class TestParts:
         assert sum(sizes) < 1_505_000
         assert max(sizes) < 1.03 * min(sizes)
 
+    @pytest.mark.parametrize("patterns", ["tied/*", ["model/a", "tied/1", "tied/2"], "model"])
+    @pytest.mark.parametrize("world_size", [2, 3])
+    def test_tied_tensors_are_common_by_any_of_their_names(self, patterns: Any, world_size: int) -> None:
+        """Stored once, whole or cut, whichever name is selected; and any number of ranks gets them, tied again."""
+
+        def tied(rank: int) -> dict[str, Any]:
+            a, b, c = np.arange(600.0), np.arange(3000, dtype=np.float32), np.arange(500, dtype=np.int16)
+            return {"model": {"a": a, "b": b, "c": c[:400]}, "tied": [a, b, c[100:]]}
+
+        found = parts([tied(rank) for rank in range(world_size)], patterns)
+        assert sum(one.state_bytes for one in found.values()) < 1.1 * (600 * 8 + 3000 * 4 + 1000) + 2_000 * world_size
+        for size in (world_size, 5):
+            for rank in range(size):
+                restored = read_state(found, rank=rank, world_size=size)
+                check_equal(restored, tied(0))
+                assert np.shares_memory(restored["model"]["c"], restored["tied"][2])
+                assert np.shares_memory(restored["model"]["a"], restored["tied"][0])
+
     def test_a_person_can_read_which_rows_are_where(self) -> None:
         """A cut tensor's rows are named by what they are, in the file and in its metadata."""
         found = parts([{"m": np.arange(20.0).reshape(10, 2)}] * 2, "m")

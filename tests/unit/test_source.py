@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dtr.checkpoint import checksum
 from dtr.checkpoint.manifest import PartFacts
-from dtr.checkpoint.restoring.source import Pieces, PieceSource, Source, source_of
+from dtr.checkpoint.restoring.contract import Source
+from dtr.checkpoint.restoring.source import Pieces, PieceSource, source_of
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, StoreUnavailable
 from dtr.store import Store, open_store
 

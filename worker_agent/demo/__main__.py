@@ -68,6 +68,7 @@ def settings_of(place: Workplace, options: Options, *, port: int, stamp: str) ->
         barrier_timeout_s=120.0,
         form_timeout_s=120.0,
         keep_last=0,  # so that every save can be looked at in the end
+        data_weights="even",  # what is to be seen here is that a death moves the dead one's shards, and no others
     )
 
 
@@ -112,7 +113,8 @@ def run(options: Options, interrupts: Interrupts, report: Report) -> int:
             report.say("interrupted: all that the demo started has ended" + ("" if keep else ", its folders are gone"))
         if keep:
             report.hint(
-                f"kept: {place.folder} (logs, notes of the trainers, the server's data" + (")" if options.store else ", checkpoints)")
+                f"kept: {place.folder} (logs, notes and samples of the trainers, the server's data"
+                + (")" if options.store else ", checkpoints)")
             )
 
 

@@ -42,6 +42,7 @@ def advice(
         f"  export DTR_REDIS_URL={url}",
         f"  {dtr} status",
         f"  {dtr} events --follow",
+        f"  {dtr} data progress",
         f"  {client} HGETALL {meta}",
         *([f"and in a browser, Flower: {flower}"] if flower else []),
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Final
 
+from worker_agent.demo.proof import Position, Proof
 from worker_agent.demo.story import Story, moves
 
 __all__ = ["Check", "Ending", "check_all"]
@@ -24,6 +25,8 @@ class Ending:
         verified: for each commit that was listed, ``RUN/STEP`` and what is wrong with it, empty if nothing is.
         last_restored: run and step of what a restore outside the job gave in the end; None: nothing, and ``last_problem`` says why.
         last_digest: of that.
+        proof: what the trainers' own logs say of the lineage that it ends.
+        position: where in its data it says that it stands; None: it does not say.
         running: processes that were left.
         remains: files in memory that were left.
     """
@@ -36,6 +39,8 @@ class Ending:
     last_restored: tuple[str, int] | None = None
     last_digest: str = ""
     last_problem: str = ""
+    proof: Proof
+    position: Position | None = None
     running: Sequence[str] = ()
     remains: Sequence[str] = ()
 
@@ -52,7 +57,7 @@ class Check:
 def check_all(story: Story, ending: Ending) -> list[Check]:
     """Every verdict, in the order of the story; those about the kill only if there was to be one."""
     about_kill = _ABOUT_KILL if ending.kill else ()
-    return [check(story, ending) for check in (*_TRAINING, *about_kill, *_STATE, *_END)]
+    return [check(story, ending) for check in (*_TRAINING, *about_kill, *_STATE, *_DATA, *_END)]
 
 
 def _finished(story: Story, ending: Ending) -> Check:
@@ -113,7 +118,7 @@ def _moved_least(story: Story, ending: Ending) -> Check:
     had = len(before.shards.get(victim, ()))
     share = sum(map(len, again.shards.values())) // again.world_size
     ok = dict(left.taken) == {victim: had} and set(back.given) == {victim} and back.total == share
-    return Check(ok=ok, what=what, detail=f"{left.total} of the dead one's {had}, then {back.total} back (share: {share})")
+    return Check(ok=ok, what=what, detail=f"{left.total} of the dead one's {had}, {back.total} back (share {share})")
 
 
 def _even(story: Story, ending: Ending) -> Check:
@@ -163,8 +168,29 @@ def _nothing_left(story: Story, ending: Ending) -> Check:
     return Check(ok=not left, what="nothing left running or in shared memory", detail=detail)
 
 
+def _exactly_once(story: Story, ending: Ending) -> Check:
+    proof, position = ending.proof, ending.proof.position
+    rest = f" + {position.samples:,}" if 0 < position.samples < proof.samples else ""
+    counted = f"{proof.whole_epochs} epoch{'s' if proof.whole_epochs != 1 else ''} of {proof.samples:,}{rest}"
+    strange = f", {proof.strange:,} of no data" if proof.strange else ""
+    again = f"; {proof.abandoned_samples:,} in {proof.abandoned_steps} abandoned steps do not count" if proof.abandoned_steps else ""
+    detail = f"{counted}: {proof.lost:,} lost, {proof.twice:,} twice{strange}{again}"
+    return Check(ok=proof.exact, what="each sample exactly once", detail=detail)
+
+
+def _knows_its_place(story: Story, ending: Ending) -> Check:
+    what = "data position committed"
+    said, found = ending.position, ending.proof.position
+    if said is None:
+        return Check(ok=False, what=what, detail="the checkpoint says nothing of data")
+    detail = f"epoch {said.epoch} after {said.samples:,} samples, "
+    detail += "as in the logs" if said == found else f"but by the logs epoch {found.epoch} after {found.samples:,}, or after others"
+    return Check(ok=said == found, what=what, detail=detail)
+
+
 _Rule = Callable[[Story, Ending], Check]
 _TRAINING: Final[tuple[_Rule, ...]] = (_finished, _loss_fell, _same_weights)
+_DATA: Final[tuple[_Rule, ...]] = (_exactly_once, _knows_its_place)
 _ABOUT_KILL: Final[tuple[_Rule, ...]] = (_named, _moved_least, _runs)
 _STATE: Final[tuple[_Rule, ...]] = (_even, _restored_equal, _last_is_newest, _verifies)
 _END: Final[tuple[_Rule, ...]] = (_nothing_left,)

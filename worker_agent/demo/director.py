@@ -28,7 +28,8 @@ from worker_agent.demo.gradients import GRADIENTS
 from worker_agent.demo.inspection import Inspection, inspect
 from worker_agent.demo.model import Shape
 from worker_agent.demo.narrator import Narrator, number_of
-from worker_agent.demo.options import Options
+from worker_agent.demo.options import BATCH, SHARD_SIZE, Options
+from worker_agent.demo.proof import Position, Proof, position_of, prove, read_logs
 from worker_agent.demo.records import Notes
 from worker_agent.demo.report import LiveReport, Now, Report
 from worker_agent.demo.story import Kill, RunStory, Story
@@ -44,7 +45,7 @@ _STUCK_S: Final = 150.0  # longer than any wait of a trainer's own
 _READY_WITHIN_S: Final = 20.0
 _END_WITHIN_S: Final = 10.0
 _LOG_LINES: Final = 12
-_FILE_SAMPLES: Final = 20_480
+_FILE_SAMPLES: Final = 160 * SHARD_SIZE  # whole shards, so that shard n begins with sample n * SHARD_SIZE
 
 
 class TrainersFailed(DtrError):
@@ -80,12 +81,13 @@ def direct(options: Options, place: Workplace, settings: Settings, report: Repor
     began = time.monotonic()
     shape = Shape(hidden=options.hidden)
     corpus = write_corpus(
-        place.corpus, source=library(), sample_bytes=shape.sample_bytes, file_samples=_FILE_SAMPLES, limit_bytes=options.corpus_bytes
+        place.corpus, source=library(), text_bytes=shape.text_bytes, file_samples=_FILE_SAMPLES, samples=options.samples(shape.text_bytes)
     )
     report.say(f"data: {corpus.sources} modules of Python's standard library as {corpus.samples:,} samples")
     plan = Plan(
-        corpus=str(corpus.folder), notes=str(place.notes), memory=str(place.gradients), steps=options.steps, workers=options.workers,
-        save_every=options.save_every, victim=options.victim, kill_at=options.kill_at, rejoin_after_s=options.rejoin_after_s, shape=shape,
+        corpus=str(corpus.folder), notes=str(place.notes), consumed=str(place.consumed), memory=str(place.gradients), steps=options.steps,
+        workers=options.workers, save_every=options.save_every, batch=BATCH, shard_size=SHARD_SIZE, victim=options.victim,
+        kill_at=options.kill_at, rejoin_after_s=options.rejoin_after_s, shape=shape,
     )  # fmt: skip
     report.say("starting Redis, an uploader and Flower")
     with (
@@ -93,16 +95,18 @@ def direct(options: Options, place: Workplace, settings: Settings, report: Repor
         contextlib.closing(JobState(settings.redis_url, settings.job, name="dtr-demo")) as state,
     ):
         _tell_where(report, up, place, settings, options)
-        watch = Watch(options, state, place, report)
+        watch = Watch(options, state, place, report, samples=corpus.samples)
         status = watch.until_end(_launcher_command(options, plan))
         report.say("training is over; looking at every checkpoint from outside the job")
         found = inspect(settings, state, shape)
         if found.sample:
             report.say(f"the restored model writes: {found.sample}")
         report.say("ending everything")
-    checks = check_all(watch.story, _ending(options, place, status, found))
+    lineage = watch.story.lineage(found.restored) if found.restored is not None else {}
+    proof = prove(read_logs(place.consumed), lineage, samples=corpus.samples)
+    checks = check_all(watch.story, _ending(options, place, status, found, proof))
     seconds = time.monotonic() - began
-    figures = measure(watch.story, found.uploads, workers=options.workers, seconds=seconds)
+    figures = measure(watch.story, found.uploads, proof, workers=options.workers, seconds=seconds)
     return Outcome(figures=figures, checks=checks, store=str(settings.store))
 
 
@@ -124,7 +128,7 @@ def _launcher_command(options: Options, plan: Plan) -> list[str]:
     ]  # fmt: skip
 
 
-def _ending(options: Options, place: Workplace, status: int, found: Inspection) -> Ending:
+def _ending(options: Options, place: Workplace, status: int, found: Inspection, proof: Proof) -> Ending:
     return Ending(
         workers=options.workers,
         steps=options.steps,
@@ -134,9 +138,15 @@ def _ending(options: Options, place: Workplace, status: int, found: Inspection) 
         last_restored=found.restored,
         last_digest=found.digest,
         last_problem=found.problem,
+        proof=proof,
+        position=_position(found, proof.samples),
         running=[f"process {process.pid}" for process in place.running()],
         remains=place.remains(),
     )
+
+
+def _position(found: Inspection, samples: int) -> Position | None:
+    return None if found.data is None else position_of(found.data, shard_size=SHARD_SIZE, samples=samples)
 
 
 @contextlib.contextmanager
@@ -168,9 +178,9 @@ def _interruption_told(report: Report) -> Iterator[None]:
 class Watch:
     """Watches the trainers, tells the story, and kills one of them when its time has come."""
 
-    def __init__(self, options: Options, state: JobState, place: Workplace, report: Report) -> None:
+    def __init__(self, options: Options, state: JobState, place: Workplace, report: Report, *, samples: int) -> None:
         self.story = Story()
-        self._options, self._state, self._place, self._report = options, state, place, report
+        self._options, self._state, self._place, self._report, self._samples = options, state, place, report, samples
         self._notes = Notes(place.notes)
         self._narrator = Narrator(saves=not isinstance(report, LiveReport))
         self._event_id = "0-0"
@@ -213,7 +223,7 @@ class Watch:
         for line in self._narrator.fresh(self.story):
             self._report.say(line.text, line.style)
         if self.story.run is not None:
-            self._report.show(now_of(self.story, self._options.steps))
+            self._report.show(now_of(self.story, self._options.steps, self._samples))
 
     def _hear_events(self) -> None:
         """Wait for a moment, or until Redis has news."""
@@ -272,12 +282,13 @@ class Watch:
         return "\n".join([f"the end of {log}:", *lines])
 
 
-def now_of(story: Story, steps: int) -> Now:
-    """The story's present."""
+def now_of(story: Story, steps: int, samples: int) -> Now:
+    """The story's present; ``samples`` are those of an epoch."""
     run = story.run
     gone = story.kill.worker if story.kill is not None and run is not None and story.kill.run == run.id else ""
     phases = {worker: "killed" if worker == gone else phase for worker, phase in sorted(story.phases.items())}
     stalls_s = story.stalls_s()
+    epoch, consumed = story.position(story.step) or (0, 0)
     return Now(
         step=story.step,
         steps=steps,
@@ -287,4 +298,7 @@ def now_of(story: Story, steps: int) -> Now:
         saved=len(story.saves),
         durable=len(story.commits),
         stall_s=stalls_s[-1] if stalls_s else None,
+        epoch=epoch,
+        consumed=consumed,
+        samples=samples,
     )

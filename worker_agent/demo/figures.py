@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from worker_agent.demo.proof import Proof
 from worker_agent.demo.story import Story
 
 __all__ = ["Figures", "Upload", "measure"]
@@ -27,6 +28,11 @@ class Figures:
     workers: int
     steps: int
     steps_redone: int
+    samples: int
+    epochs: float
+    samples_lost: int
+    samples_twice: int
+    samples_redone: int
     seconds: float
     loss_first: float | None
     loss_last: float | None
@@ -55,6 +61,11 @@ class Figures:
                 "steps",
                 f"{self.steps} by {self.workers} trainer{'s' if self.workers > 1 else ''}{_with(', {:.0f} ms each', self.step_ms)}{again}",
             ),
+            (
+                "data",
+                f"{self.samples:,} samples, {self.epochs:.2f} epochs; {self.samples_lost} lost, {self.samples_twice} twice"
+                + (f", {self.samples_redone:,} done again" if self.samples_redone else ""),
+            ),
             ("loss", f"{_with('{:.2f}', self.loss_first)} to {_with('{:.2f}', self.loss_last)} nats a byte"),
             ("stall per save", _stall(self)),
             ("durable after", _with("{:.2f} s", self.durable_s) or "-"),
@@ -81,7 +92,7 @@ def _stall(found: Figures) -> str:
     return f"{found.stall_ms:.0f} ms for {found.state_bytes / 1e6:.0f} MB{rate}{worst}"
 
 
-def measure(story: Story, uploads: Sequence[Upload], *, workers: int, seconds: float) -> Figures:
+def measure(story: Story, uploads: Sequence[Upload], proof: Proof, *, workers: int, seconds: float) -> Figures:
     """Gather the numbers. Medians, because the first save also makes its slot and a machine has moods."""
     losses, stalls = story.losses, story.stalls_s()
     tenth = max(1, len(losses) // 10)
@@ -94,6 +105,11 @@ def measure(story: Story, uploads: Sequence[Upload], *, workers: int, seconds: f
         workers=workers,
         steps=len(losses),
         steps_redone=story.redone(),
+        samples=proof.consumed,
+        epochs=proof.consumed / proof.samples,
+        samples_lost=proof.lost,
+        samples_twice=proof.twice,
+        samples_redone=proof.abandoned_samples,
         seconds=seconds,
         loss_first=fmean(losses[:tenth]) if losses else None,
         loss_last=fmean(losses[-tenth:]) if losses else None,

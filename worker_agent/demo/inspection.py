@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from dtr.config import Settings
 from dtr.errors import CheckpointError, IntegrityError
 from dtr.state.client import translate
 from dtr.state.job import JobState
+from worker_agent.demo.corpus import DATASET
 from worker_agent.demo.figures import Upload
 from worker_agent.demo.model import Adam, ByteModel, Shape, digest, load
 
@@ -33,6 +34,7 @@ class Inspection:
         restored: run and step of what a restore gave; None: nothing, and ``problem`` says why.
         digest: of that state.
         sample: what the restored model writes.
+        data: where in its data the restored checkpoint says that it stands; None: it does not say.
         uploads: of each commit that Redis has on record.
     """
 
@@ -41,6 +43,7 @@ class Inspection:
     problem: str
     digest: str
     sample: str
+    data: Mapping[str, Any] | None
     uploads: Sequence[Upload]
 
 
@@ -57,7 +60,7 @@ def inspect(settings: Settings, state: JobState, shape: Shape) -> Inspection:
         try:
             found = manager.restore()
         except (CheckpointError, IntegrityError) as exc:
-            return Inspection(verified=verified, restored=None, problem=exc.message, digest="", sample="", uploads=uploads)
+            return Inspection(verified=verified, restored=None, problem=exc.message, digest="", sample="", data=None, uploads=uploads)
     if found is None:
         raise ValueError("without fresh=True a restore that finds nothing raises")
     return Inspection(
@@ -66,6 +69,7 @@ def inspect(settings: Settings, state: JobState, shape: Shape) -> Inspection:
         problem="",
         digest=digest(found.state),
         sample=_sample(found.state, shape),
+        data=found.data.get(DATASET),
         uploads=uploads,
     )
 

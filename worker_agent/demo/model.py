@@ -51,8 +51,8 @@ class Shape:
         return sum(math.prod(part) for part in self.parts().values())
 
     @property
-    def sample_bytes(self) -> int:
-        """One sample is the context and the byte to predict."""
+    def text_bytes(self) -> int:
+        """The text of one sample is the context and the byte to predict."""
         return self.context + 1
 
     def views(self, flat: Floats) -> dict[str, Floats]:

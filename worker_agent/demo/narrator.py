@@ -57,6 +57,8 @@ class Narrator:
                     yield f"moved {run.id}", Line(_moved(before, run))
             if len(run.restored) == run.world_size > 0:
                 yield f"restored {run.id}", Line(_restored(run))
+                if before is not None and (position := story.position(run.begins_after)) is not None:
+                    yield f"goes on {run.id}", Line(_goes_on(*position, again=before.samples_after(run.begins_after)))
             if run.training_at is not None and story.kill is not None and before is not None:
                 since_s = run.training_at - story.kill.at
                 yield f"training {run.id}", Line(f"training again with {_ranks(run)}, {since_s:.2f} s after the kill", "green")
@@ -70,6 +72,9 @@ class Narrator:
             elif len(run.halted) == run.world_size > 0:
                 yield f"halted {run.id}", Line(_halted(story, run), "yellow")
             before = run
+        for epoch, (name, step) in story.epoch_ends.items():  # again, if a restore went back into it
+            if (position := story.position(step)) is not None:
+                yield f"epoch {epoch} {name}", Line(f"epoch {epoch} ends with step {step}: {position[1]:,} samples")
 
 
 def _ranks(run: RunStory) -> str:
@@ -86,7 +91,7 @@ def _moved(before: RunStory, run: RunStory) -> str:
     found = moves(before, run)
     if not found.total:
         return "no shard moved"
-    return f"only {found.total} shards moved: from {_counts(found.taken)} to {_counts(found.given)}"
+    return f"only {found.total} shards moved: {_counts(found.taken)} to {_counts(found.given)}"
 
 
 def _counts(by_worker: Mapping[str, int]) -> str:
@@ -102,6 +107,12 @@ def _restored(run: RunStory) -> str:
         return "nothing to restore: training begins with fresh weights"
     longest = max(restored.seconds for restored in run.restored.values())
     return f"restored step {found.step} of run {found.from_run} on {_ranks(run)} in {longest:.2f} s"
+
+
+def _goes_on(epoch: int, samples: int, *, again: int) -> str:
+    if not again:
+        return f"the data goes on after {samples:,} samples of epoch {epoch}"
+    return f"the data goes back too: to {samples:,} samples of epoch {epoch}; {again:,} come again"
 
 
 def _saved(story: Story, run: RunStory) -> Iterator[tuple[str, Line]]:

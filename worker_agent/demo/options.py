@@ -10,11 +10,14 @@ from dtr import names
 from dtr.errors import InvalidInput
 from dtr.store import open_store
 
-__all__ = ["Options"]
+__all__ = ["BATCH", "SHARD_SIZE", "Options"]
 
 MOST_WORKERS: Final = 16
 MOST_STEPS: Final = 100_000
+BATCH: Final = 96
+SHARD_SIZE: Final = 100  # batches do not fit into it evenly, so that saves find shards half consumed
 _SAVES: Final = 12
+_EPOCHS: Final = 2.5  # so that one epoch ends after the kill, and another one after the replacement came
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,7 @@ class Options:
         keep: whether the demo's folder stays.
         json: whether the outcome is printed as one JSON object, and all else on stderr.
         hidden: units of the model's hidden layer: what makes the state large.
-        corpus_bytes: how much of the standard library is read.
+        corpus_bytes: how much of the standard library is read at most.
         cwd: where the demo was started.
         rejoin_after_s: how long the replacement of the killed trainer takes to come.
 
@@ -64,6 +67,11 @@ class Options:
     def fewest_workers(self) -> int:
         """With how many trainers the job goes on."""
         return max(1, self.workers - 1)
+
+    def samples(self, text_bytes: int) -> int:
+        """How many samples the data should have, each with so much text, so that these steps go through them more than twice."""
+        wanted = int(self.steps * self.workers * BATCH / _EPOCHS)
+        return max(1, min(wanted, self.corpus_bytes // text_bytes))
 
     @property
     def save_every(self) -> int:

@@ -37,11 +37,13 @@ class Formed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """An optimizer step is done; ``loss`` is the mean over all ranks, in nats a byte."""
+    """An optimizer step is done; ``loss`` is the mean over all ranks' ``samples`` of ``epoch``, in nats a byte."""
 
     run: str
     step: int
     loss: float
+    epoch: int
+    samples: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

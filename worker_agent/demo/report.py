@@ -29,7 +29,7 @@ _NARROWEST: Final = 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Now:
     """What happens at the moment: ``doing`` is what each trainer does, by its number; ``saved`` and ``durable`` count saves,
-    the last of which stopped training for ``stall_s``.
+    the last of which stopped training for ``stall_s``; ``consumed`` of the ``samples`` of ``epoch`` were trained on.
     """
 
     step: int
@@ -40,6 +40,9 @@ class Now:
     saved: int
     durable: int
     stall_s: float | None
+    epoch: int
+    consumed: int
+    samples: int
 
 
 class Report(Protocol):
@@ -109,7 +112,7 @@ class PlainReport(_Lines):
     def show(self, now: Now) -> None:
         if now.step > self._shown_step and time.monotonic() - self._shown_at >= _PLAIN_EVERY_S:
             self._shown_at, self._shown_step = time.monotonic(), now.step
-            self.say(_progress(now))
+            self.say(f"{_progress(now)}; {_data(now)}")
 
     def close(self) -> None:
         """Nothing to end."""
@@ -137,8 +140,16 @@ class LiveReport(_Lines):
 def _progress(now: Now) -> str:
     loss = "" if now.loss is None else f", loss {now.loss:.2f}"
     speed = "" if now.step_s is None else f", {now.step_s * 1000:.0f} ms each"
+    return f"step {now.step + 1} of {now.steps}{speed}{loss}"
+
+
+def _data(now: Now) -> str:
+    return f"epoch {now.epoch}, {100 * now.consumed // now.samples} % of {now.samples:,} samples"
+
+
+def _saves(now: Now) -> str:
     stall = "" if now.stall_s is None else f", stall {now.stall_s * 1000:.0f} ms"
-    return f"step {now.step + 1} of {now.steps}{speed}{loss}; {now.saved} saved, {now.durable} durable{stall}"
+    return f"{now.saved} saved, {now.durable} durable{stall}"
 
 
 def _trainers(now: Now) -> str:
@@ -153,7 +164,7 @@ def _display(now: Now, console: Console) -> RenderableType:
     length = min(width, _LONGEST_BAR)
     done = length * (now.step + 1) // now.steps
     full, empty = "#-" if console.options.ascii_only else "\N{BOX DRAWINGS HEAVY HORIZONTAL}\N{BOX DRAWINGS LIGHT HORIZONTAL}"
-    lines = [Text(_progress(now)), Text(_trainers(now), "dim")]
+    lines = [Text(f"{_progress(now)}; {_saves(now)}"), Text(_data(now)), Text(_trainers(now), "dim")]
     for line in lines:
         line.truncate(width, overflow="ellipsis")
     return Group(Text(), Text.assemble((full * done, "green"), (empty * (length - done), "dim")), *lines)

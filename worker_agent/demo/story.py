@@ -16,7 +16,7 @@ from worker_agent.demo.records import Committed, Finished, Formed, Halted, Note,
 
 __all__ = ["Kill", "Moves", "RunStory", "Story", "moves"]
 
-Save: TypeAlias = tuple[str, int]  # run and step
+Save: TypeAlias = tuple[str, int]  # run and step; compares as they came
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,9 @@ class Kill:
 
 @dataclass(slots=True, kw_only=True)
 class RunStory:
-    """One run, by worker; ``reached`` is its newest step, ``world_size`` 0 while nobody has said that it formed."""
+    """One run, by worker; ``reached`` is its newest step, ``samples`` has those of each step, ``world_size`` is 0 while nobody has
+    said that it formed.
+    """
 
     id: str
     world_size: int = 0
@@ -43,6 +45,7 @@ class RunStory:
     formed_at: float = 0.0
     restored: dict[str, Restored] = field(default_factory=dict)
     first_step_at: dict[str, float] = field(default_factory=dict)
+    samples: dict[int, int] = field(default_factory=dict)
     halted: dict[str, Halted] = field(default_factory=dict)
     halted_at: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +63,10 @@ class RunStory:
     def training_at(self) -> float | None:
         """When every rank had done its first step; None before."""
         return max(self.first_step_at.values()) if 0 < self.world_size == len(self.first_step_at) else None
+
+    def samples_after(self, step: int) -> int:
+        """How many samples this run consumed in the steps after ``step``."""
+        return sum(samples for number, samples in self.samples.items() if number > step)
 
     @property
     def shards(self) -> dict[str, frozenset[int]]:
@@ -92,6 +99,7 @@ class Story:
         runs: in the order in which they formed.
         saves: the notes of each save, by worker.
         commits: of each save that is durable.
+        epoch_ends: of each epoch that is over, the run that went on to the next one, and the last step before that.
         seats, pids: the worker in each seat of the launcher, and its newest process.
         kill: once it was done.
         recorded_at_ms: when Redis had the killed trainer's departure on record, by its own clock.
@@ -99,9 +107,10 @@ class Story:
 
     def __init__(self) -> None:
         self.runs: dict[str, RunStory] = {}
-        self._losses: dict[int, tuple[str, float]] = {}
+        self._steps: dict[int, Stepped] = {}  # as the run that did it last had it
         self.saves: dict[Save, dict[str, Saved]] = {}
         self.commits: dict[Save, Committed] = {}
+        self.epoch_ends: dict[int, Save] = {}
         self.steps_done: dict[str, int] = {}
         self.phases: dict[str, str] = {}
         self.pids: dict[str, int] = {}
@@ -158,7 +167,11 @@ class Story:
         run_story = self._run(event.run)
         run_story.first_step_at.setdefault(worker, at)
         run_story.reached = max(run_story.reached, event.step)
-        self._losses[event.step] = max(self._losses.get(event.step, ("", 0.0)), (event.run, event.loss))
+        run_story.samples[event.step] = event.samples
+        if (known := self._steps.get(event.step)) is None or known.run < event.run:
+            self._steps[event.step] = event
+        if (previous := self._steps.get(event.step - 1)) is not None and previous.epoch < event.epoch:
+            self.epoch_ends[previous.epoch] = max(self.epoch_ends.get(previous.epoch, ("", 0)), (event.run, previous.step))
         self.steps_done[worker] = event.step
         run, step, before = self._last_step.get(worker, ("", -1, 0.0))
         if run == event.run and step == event.step - 1:
@@ -188,7 +201,28 @@ class Story:
     @property
     def losses(self) -> list[float]:
         """The mean loss of each step in order, as the run that did it last had it."""
-        return [loss for _, (_, loss) in sorted(self._losses.items())]
+        return [stepped.loss for _, stepped in sorted(self._steps.items())]
+
+    def position(self, step: int) -> tuple[int, int] | None:
+        """The epoch of ``step``, and how many of its samples were consumed by the end of it; None if nobody did that step."""
+        newest = self._steps.get(step)
+        if newest is None:
+            return None
+        samples = 0
+        while (one := self._steps.get(step)) is not None and one.epoch == newest.epoch:
+            samples += one.samples
+            step -= 1
+        return newest.epoch, samples
+
+    def lineage(self, save: Save) -> dict[str, int]:
+        """The runs that led to this save, with the last step taken from each, by what the trainers restored."""
+        run, step = save
+        found: dict[str, int] = {}
+        while run in self.runs and run not in found:
+            found[run] = step
+            for restored in self.runs[run].restored.values():  # the same for all ranks
+                run, step = restored.from_run, restored.step
+        return found
 
     @property
     def step_s(self) -> float | None:

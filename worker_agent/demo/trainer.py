@@ -1,12 +1,13 @@
 """One trainer of the demo, as the launcher starts it: ``python -m worker_agent.demo.trainer PLAN``.
 
 It trains the model of :mod:`worker_agent.demo.model` together with the other ranks, saves while it trains, and when the run ends
-under it, because a member departed or a newcomer waits, it forms the next one, restores, and goes on. It notes what happens in files
-that the director reads.
+under it, because a member departed or a newcomer waits, it forms the next one, restores, and goes on with the data that the restored
+checkpoint has not consumed. It notes what happens, and which samples it trained on, in files that the director reads.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -16,19 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
+import numpy as np
+
 from dtr.checkpoint.saving.handle import Commit, SaveHandle
 from dtr.config import LauncherEnvironment
+from dtr.datasets.batch import Batch
 from dtr.errors import BarrierBroken, CheckpointError, RosterChanged
 from dtr.runs import Run
 from worker_agent import Agent
-from worker_agent.demo.feed import Feed, read_samples
+from worker_agent.demo.corpus import COLUMN, DATASET, NUMBER_BYTES, split
 from worker_agent.demo.gradients import SharedGradients
 from worker_agent.demo.model import Adam, ByteModel, Shape, digest, load, state_of
+from worker_agent.demo.proof import SampleLog
 from worker_agent.demo.records import Committed, Finished, Formed, Halted, Notebook, Restored, Saved, Started, Stepped
 
-__all__ = ["DATASET", "Plan", "main"]
+__all__ = ["Plan", "main"]
 
-DATASET: Final = "stdlib"
 _KILLED_WITHIN_S: Final = 60.0
 _COMMIT_WITHIN_S: Final = 120.0
 _REPLACED_WITHIN_S: Final = 60.0
@@ -42,11 +46,12 @@ class Plan:
     Args:
         corpus: folder of the data.
         notes: folder for what happens.
+        consumed: folder for the log of which samples were trained on.
         memory: folder for the gradients, in shared memory if possible.
         steps: how many there are to do.
         workers: how many trainers there are to be.
         save_every: steps from one save to the next; the last step is saved in any case.
-        batch: samples that each rank takes for a step.
+        batch: samples that each rank takes for a step, at most.
         shard_size: samples in a shard.
         victim: LOCAL_RANK of the trainer that is to be killed; None: nobody.
         kill_at: the step in which that happens.
@@ -57,12 +62,13 @@ class Plan:
 
     corpus: str
     notes: str
+    consumed: str
     memory: str
     steps: int
     workers: int
     save_every: int
-    batch: int = 96
-    shard_size: int = 1024
+    batch: int
+    shard_size: int
     victim: int | None = None
     kill_at: int = -1
     rejoin_after_s: float = 0.0
@@ -86,11 +92,12 @@ class Trainer:
         plan: what to do.
         agent: started.
         notebook: where to write what happens.
+        consumed: where to write which samples were trained on.
         doomed: whether this is the process that is to be killed.
     """
 
-    def __init__(self, plan: Plan, agent: Agent, notebook: Notebook, *, doomed: bool) -> None:
-        self._plan, self._agent, self._notebook, self._doomed = plan, agent, notebook, doomed
+    def __init__(self, plan: Plan, agent: Agent, notebook: Notebook, consumed: SampleLog, *, doomed: bool) -> None:
+        self._plan, self._agent, self._notebook, self._consumed, self._doomed = plan, agent, notebook, consumed, doomed
         self._model = ByteModel(plan.shape, plan.seed)
         self._optimizer = Adam(plan.shape.parameters)
         self._last_save: SaveHandle | None = None
@@ -107,25 +114,26 @@ class Trainer:
 
     def _train_in_run(self) -> None:
         plan, agent = self._plan, self._agent
-        feed = self._feed()
+        self._register()
         self._restore()
+        loader = agent.loader(DATASET, batch_size=plan.batch, epochs=None)
         width = plan.shape.parameters + 1  # the loss is averaged along with the gradient
         with SharedGradients(Path(plan.memory), run=agent.run, rank=agent.rank, world_size=agent.world_size, width=width) as shared:
-            for step in range(agent.current_step + 1, plan.steps):
-                self._step(step, feed, shared)
+            for batch in itertools.islice(loader, plan.steps - 1 - agent.current_step):
+                self._step(batch, shared)
         self._await_replacement()
         self._finish()
 
-    def _feed(self) -> Feed:
-        """Register the data and read what this rank gets of it."""
+    def _register(self) -> None:
+        """Register the data, and note which shards are this rank's: those that it takes first."""
         plan, agent = self._plan, self._agent
         agent.datasets.register(
-            DATASET, path=plan.corpus, format="bin", dtype="uint8", sample_length=plan.shape.sample_bytes, shard_size=plan.shard_size
-        )
+            DATASET, path=plan.corpus, format="bin", dtype="uint8", sample_length=NUMBER_BYTES + plan.shape.text_bytes,
+            shard_size=plan.shard_size, shuffle=True, seed=plan.seed,
+        )  # fmt: skip
         shards = agent.datasets.get_shard(DATASET)
         numbers = tuple(sorted(shard.index for shard in shards))
         self._notebook.write(Formed(run=agent.run, rank=agent.rank, world_size=agent.world_size, shards=numbers))
-        return Feed(read_samples(shards), batch=plan.batch, seed=plan.seed)
 
     def _restore(self) -> None:
         """Take over the newest commit, or begin anew if there is none yet."""
@@ -141,16 +149,19 @@ class Trainer:
         seconds = time.monotonic() - began
         self._notebook.write(Restored(run=agent.run, rank=agent.rank, from_run=from_run, step=step, digest=found_digest, seconds=seconds))
 
-    def _step(self, step: int, feed: Feed, shared: SharedGradients) -> None:
+    def _step(self, batch: Batch, shared: SharedGradients) -> None:
         agent, plan = self._agent, self._plan
-        shared.own[-1] = self._model.gradient(feed.of_step(step), out=shared.own[:-1])
-        if self._doomed and step == plan.kill_at:
+        numbers, text = split(np.asarray(batch[COLUMN]))
+        if len(text):  # else this rank is out of data, and the epoch goes on for others
+            shared.own[-1] = self._model.gradient(text, out=shared.own[:-1])
+        if self._doomed and agent.current_step + 1 == plan.kill_at:
             time.sleep(_KILLED_WITHIN_S)  # the others wait for this rank's gradient when the signal comes
-        mean = shared.average(agent.barrier)
+        mean, samples = shared.average(agent.barrier, weight=len(text))
         loss = float(mean[-1])
         self._optimizer.update(self._model.flat, mean[:-1])
-        agent.step(step=step, loss=loss)
-        self._notebook.write(Stepped(run=agent.run, step=step, loss=loss))
+        step = agent.step(batch, loss=loss)
+        self._consumed.write(run=agent.run, step=step, rank=agent.rank, epoch=batch.epoch, numbers=numbers)
+        self._notebook.write(Stepped(run=agent.run, step=step, loss=loss, epoch=batch.epoch, samples=samples))
         if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
             self._save(step)
 
@@ -221,12 +232,13 @@ def main(argv: list[str]) -> int:
     launcher = LauncherEnvironment.load()
     agent = Agent.from_env()
     notebook = Notebook(Path(plan.notes), agent.worker_id)
+    consumed = SampleLog(Path(plan.consumed), agent.worker_id)
     notebook.write(Started(local_rank=launcher.local_rank, restarts=launcher.restarts))
     if launcher.restarts:
         time.sleep(plan.rejoin_after_s)
     doomed = launcher.local_rank == plan.victim and not launcher.restarts
     with agent:
-        Trainer(plan, agent, notebook, doomed=doomed).train()
+        Trainer(plan, agent, notebook, consumed, doomed=doomed).train()
     return 0
 
 

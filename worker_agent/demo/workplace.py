@@ -105,7 +105,7 @@ class Workplace:
             base = memory_base(memory_bytes, _free_bytes(SHARED_MEMORY), folder)
             place = cls(folder=folder, memory=Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base)), lock=lock)
             (folder / _MEMORY).symlink_to(place.memory)
-            for made in (place.home, place.notes, place.store, place.gradients):
+            for made in (place.home, place.notes, place.consumed, place.store, place.gradients):
                 made.mkdir()
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -123,6 +123,11 @@ class Workplace:
     @property
     def notes(self) -> Path:
         return self.folder / "notes"
+
+    @property
+    def consumed(self) -> Path:
+        """The trainers' own logs of what they trained on."""
+        return self.folder / "consumed"
 
     @property
     def store(self) -> Path:

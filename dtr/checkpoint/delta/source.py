@@ -13,7 +13,7 @@ from dtr.checkpoint import checksum
 from dtr.checkpoint.delta.chunks import CHUNK_BYTES, Chunk, Recipe
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.patience import patiently
-from dtr.checkpoint.restoring.source import Where
+from dtr.checkpoint.restoring.contract import Where
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, NotFound
 from dtr.store import Store

@@ -7,6 +7,8 @@ How they are put together again: :mod:`dtr.checkpoint.restoring.scattered`.
 
 A tensor that is cut is cut into rows, along its first dimension of more than one: so a part holds ``optimizer/m[0:512]``, and says under
 ``dtr_replicated`` in its metadata (JSON) which rows of which tensor that are. Values that are no tensors are in every rank's tree.
+What several values of a state share (tied weights) is stored once, and is common if a pattern selects any of them. Where none selects
+the name under which it is stored, the part says so under ``also``.
 The ranks' structures must be alike: their digest is in every part, and a checkpoint of ranks that differ is refused before it begins.
 """
 
@@ -102,14 +104,23 @@ def _sliced(tensor: Tensor, share: Share) -> Tensor:
     return replace(tensor, array=tensor.array[(slice(None),) * axis + (slice(share.start, share.end),)])
 
 
-def take(spec: Any, tensors: Mapping[str, Tensor], shares: Shares) -> tuple[dict[str, Tensor], str, str]:
+def take(
+    spec: Any, tensors: Mapping[str, Tensor], shares: Shares, aliases: Mapping[str, Sequence[str]] | None = None
+) -> tuple[dict[str, Tensor], str, str]:
     """What this rank's part holds, its own tensors first; the digest of what is common, alike on all ranks; the text for its metadata.
+
+    Args:
+        spec: the tree of the state.
+        tensors: of the state, by the name under which they are stored.
+        shares: what of it is common.
+        aliases: the paths of all values that a stored tensor holds, where these are several.
 
     Raises:
         InvalidInput: a pattern selects nothing; it names the pattern.
     """
     patterns = shares.patterns
-    common = {name: tensor for name, tensor in tensors.items() if patterns.match(name)}
+    also = {name for name, paths in (aliases or {}).items() if not patterns.match(name) and any(map(patterns.match, paths))}
+    common = {name: tensor for name, tensor in tensors.items() if name in also or patterns.match(name)}
     _check_patterns(spec, tensors, common, patterns)
     held = {name: tensor for name, tensor in tensors.items() if name not in common}
     rows = {}
@@ -122,7 +133,7 @@ def take(spec: Any, tensors: Mapping[str, Tensor], shares: Shares) -> tuple[dict
     structure = _digest(common)
     about = {
         "patterns": sorted(patterns.texts), "rank": shares.rank, "world_size": shares.world_size, "structure": structure,
-        "rows": rows,
+        "rows": rows, **({"also": sorted(also & held.keys())} if also & held.keys() else {}),
     }  # fmt: skip
     return held, structure, orjson.dumps(about).decode()
 

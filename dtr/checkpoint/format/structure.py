@@ -223,7 +223,7 @@ def _learn(state: Any, shares: Shares | None) -> tuple[_Known, list[Any]]:
         name: Tensor(label=tensor.label, array=_Stand(name, tensor.array), alignment=tensor.alignment)  # type: ignore[arg-type]
         for name, tensor in walked.tensors.items()
     }
-    held, digest, replicated = (stands, "", "") if shares is None else take(walked.spec, stands, shares)
+    held, digest, replicated = (stands, "", "") if shares is None else take(walked.spec, stands, shares, _aliases(walked))
     arrangement = tensors.arrange(held)
     outline = outline_of(state, walked)
     order = range(len(leaves)) if outline is None else outline.order
@@ -237,6 +237,15 @@ def _learn(state: Any, shares: Shares | None) -> tuple[_Known, list[Any]]:
         able=able, shared=shared, strides=_strides(shared, [arrays[n] for n in able]), text=tree.encode(walked.spec),
     )  # fmt: skip
     return known, arrays
+
+
+def _aliases(walked: tree.Walked) -> dict[str, list[str]]:
+    """The paths of the values that share a tensor, by the name under which that is stored."""
+    found = {}
+    for group in walked.shared:
+        paths = [walked.leaves[n].name for n in group.members]
+        found[f"{paths[0]}{SHARED}" if group.owner is None else walked.leaves[group.owner].name] = paths
+    return found
 
 
 def _plan(walked: tree.Walked, held: Mapping[str, Tensor], arrangement: Arrangement, position: Mapping[int, int]) -> _Plan:

@@ -83,7 +83,7 @@ def verify_parts(store: Store, manifest: Manifest) -> Verified:
     """Read every object of a commit; raises IntegrityError that names each one that is not what was committed."""
     name = name_of(manifest.run, manifest.step)
     if manifest.decision != "commit":
-        raise IntegrityError(f"{name} is no commit but {manifest.decision}: {manifest.reason}")
+        raise IntegrityError(f"{name} {manifest.fate}: {manifest.reason}")
     wrong = []
     for part in manifest.parts:
         try:

@@ -1,14 +1,17 @@
 """Checkpoints out of a store into a plain folder, and back.
 
 ``export`` is all or nothing: the files are written into a folder beside the wanted one, synced, and renamed as the last step; whatever
-ends it before leaves no folder. ``take_in`` (import) puts a run's record, its parts, and then the manifest: killed between any two, there
-is no checkpoint, the same call again makes one under another run, and ``gc --orphans`` removes what is left.
+ends it before leaves no folder, and what a kill leaves beside it is removed by the next export there. ``take_in`` (import) puts a run's
+record, its parts, and then the manifest: killed between any two, there is no checkpoint, the same call again makes one under another
+run, and ``gc --orphans`` removes what is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import logging
 import mmap
 import os
@@ -26,9 +29,10 @@ from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.keeping.exported import ABOUT, Exported, ExportedFile, file_name, tree_name
 from dtr.checkpoint.manifest import Manifest, PartFacts, RunRecord
 from dtr.checkpoint.restoring.candidates import name_of
+from dtr.checkpoint.restoring.contract import Source
 from dtr.checkpoint.restoring.opened import file_source, open_stored, read_about, tree_text
 from dtr.checkpoint.restoring.scattered import header_of
-from dtr.checkpoint.restoring.source import Pieces, Source
+from dtr.checkpoint.restoring.source import Pieces
 from dtr.checkpoint.survey import manifest_key, read_manifest, record_key, survey
 from dtr.checkpoint.survey import records as run_records
 from dtr.checkpoint.uploading.commit import object_key
@@ -44,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _SLICE_BYTES: Final = 64 << 20  # of a part in memory at a time
 _SPARE_BYTES: Final = 1 << 20  # for the JSON files
+_UNFINISHED: Final = ".part"
+_NAMES: Final = 3  # tried for a folder that can be locked
 
 Progress = Callable[[int], None]  # gets the bytes done so far, of all files
 
@@ -110,10 +116,9 @@ def _check_target(folder: Path) -> None:
 @contextlib.contextmanager
 def _making(folder: Path, size_bytes: int) -> Iterator[Path]:
     """A folder that becomes ``folder`` at the end of the block, and goes if the block fails."""
-    making = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        making.mkdir()
+        making, hold = _begun(folder)
     except OSError as exc:
         raise InvalidInput(f"folder cannot be made: {exc.strerror}: {folder}", field="folder") from exc
     try:
@@ -131,6 +136,42 @@ def _making(folder: Path, size_bytes: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(making, ignore_errors=True)  # it is no more, if all went well
+        if hold is not None:
+            os.close(hold)
+
+
+def _begun(folder: Path) -> tuple[Path, int | None]:
+    """A new folder beside ``folder``, locked by the descriptor as long as its export lives; removes what killed exports left there.
+
+    Where the file system has no locks, there is no descriptor, and leftovers stay.
+    """
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}{_UNFINISHED}"):
+        if (hold := _locked(left)) is not None:
+            log.info("%s was left by an export that was killed, and is removed", left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(hold)
+    for _ in range(_NAMES):
+        making = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+        making.mkdir()
+        if (hold := _locked(making)) is not None:
+            if making.exists():
+                return making, hold
+            os.close(hold)  # another export took it for a leftover before it was locked
+    return making, None
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed; None: another process does, it is gone, or there are no locks here."""
+    try:
+        hold = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(hold)
+        return None
+    return hold
 
 
 def _check_room(folder: Path, size_bytes: int) -> None:

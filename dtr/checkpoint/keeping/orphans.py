@@ -9,13 +9,16 @@ An object is an orphan once nobody can ever name it, which only a decision recor
 
 Nothing is deleted before the grace has passed since the decision was written, nothing on the lineage that is undecided is touched, and
 only names that dtr gives (``part-...``, ``retiring.json``, ``pin.json``) in its own folders count; whatever else lies there stays.
+
+Interrupted uploads that no listing shows as objects (S3's multiparts, temporary files) go as well, where nothing of their run is open:
+also one whose uploader died before it could put it on record, in a run that left nothing else.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -33,6 +36,8 @@ __all__ = ["Orphan", "Swept", "sweep"]
 
 log = logging.getLogger(__name__)
 
+_YOUNG_S: Final = 60.0  # of the newest run: it may begin a checkpoint, and its first upload, while this looks
+_OF_RUN: Final = re.compile(r"runs/([^/]+?)(?:\.json|/.*)")
 _OBJECT: Final = re.compile(r"runs/([^/]+)/(\d{12})/(part-[^/]+|manifest\.json|pin\.json|retiring\.json)")
 LEFT_BEHIND: Final = "the job went on from an earlier step, and nobody completed it"
 
@@ -70,7 +75,8 @@ def sweep(store: Store, state: JobState, scene: Scene, *, dry_run: bool = False)
     Raises:
         StoreUnavailable, CoordinatorUnavailable: the rest is done at the next call.
     """
-    folders = _folders(store)
+    keys_there = [*store.list("runs")]
+    folders = _folders(keys_there)
     busy = {(c.run, c.step) for c in indexed(state, scene.store_url) if c.retired}  # the collector's own
     opened = set(parts.open_checkpoints(state))
     found: list[Orphan] = []
@@ -90,13 +96,14 @@ def sweep(store: Store, state: JobState, scene: Scene, *, dry_run: bool = False)
         if decision is not None:
             now_ms = state.server_now_ms() if name in aborted else scene.now_ms
             found += _of_decided(store, decision, keys, grace_ms=scene.policy.grace_ms, now_ms=now_ms, dry_run=dry_run)
-    return Swept(orphans=tuple(found), aborted=tuple(aborted), uploads=0 if dry_run else _discard_uploads(store, scene, folders, opened))
+    uploads = 0 if dry_run else _discard_uploads(store, state, scene, keys_there)
+    return Swept(orphans=tuple(found), aborted=tuple(aborted), uploads=uploads)
 
 
-def _folders(store: Store) -> dict[Checkpoint, set[str]]:
+def _folders(keys: Iterable[str]) -> dict[Checkpoint, set[str]]:
     """The keys of each checkpoint's folder, those that dtr itself names."""
     found: dict[Checkpoint, set[str]] = {}
-    for key in store.list("runs"):
+    for key in keys:
         if (match := _OBJECT.fullmatch(key)) is not None:
             found.setdefault((match[1], int(match[2])), set()).add(key)
     return found
@@ -159,13 +166,14 @@ def _orphan(key: str, name: Checkpoint, why: str, act: Literal["deleted", "waits
     return Orphan(key=key, run=name[0], step=name[1], why=why, act=act, left_s=left_s)
 
 
-def _discard_uploads(store: Store, scene: Scene, folders: Mapping[Checkpoint, set[str]], opened: set[Checkpoint]) -> int:
-    """Multipart uploads of runs that are over and have nothing open: nobody goes on with them."""
-    over = {run for run, _ in folders} - {run for run, _ in opened} - {scene.last_run}
+def _discard_uploads(store: Store, state: JobState, scene: Scene, keys: Iterable[str]) -> int:
+    """Interrupted uploads of runs that have nothing open: nobody goes on with them."""
+    runs = {match[1] for key in keys if (match := _OF_RUN.fullmatch(key)) is not None} | {scene.last_run}
+    opened = {run for run, _ in parts.open_checkpoints(state)}  # asked anew: what begins from now on is young
     count = 0
-    for run in sorted(over):
+    for run in sorted(runs - opened):
         try:
-            count += store.abort_uploads(f"runs/{run}")
+            count += store.abort_uploads(f"runs/{run}", older_than_s=_YOUNG_S if run == scene.last_run else 0.0)
         except DtrError as exc:
             log.warning("interrupted uploads of run %s stay for now: %s", run, exc)
     return count

@@ -93,11 +93,11 @@ def read_pins(store: Store, names: Iterable[Checkpoint]) -> dict[Checkpoint, str
 def _check_commit(store: Store, run: str, step: int) -> None:
     """What the store says counts: Redis may be older."""
     try:
-        decision = read_manifest(store, run, step).decision
+        manifest = read_manifest(store, run, step)
     except NotFound:
         return  # then Redis has its state
-    if decision != "commit":
-        raise NoCheckpoint(f"{name_of(run, step)} is no commit but {decision}: only a commit can be pinned", run=run, step=step)
+    if manifest.decision != "commit":
+        raise NoCheckpoint(f"{name_of(run, step)} {manifest.fate}: only a commit can be pinned", run=run, step=step)
 
 
 def _note(note: str) -> str:

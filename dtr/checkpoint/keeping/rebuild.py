@@ -1,4 +1,4 @@
-"""Fill Redis's index of runs and checkpoints from the store, which alone is enough: Redis was emptied, or is older than the store.
+"""Fill Redis's index of runs, checkpoints and data sets from the store, which alone is enough: Redis was emptied, or is older than it.
 
 Idempotent and safe beside live members and other rebuilders: what Redis has decided is never changed, and a lineage that moved since it
 was looked at is left alone.
@@ -27,6 +27,7 @@ from dtr.checkpoint.survey import (
     retiring_key,
     survey,
 )
+from dtr.datasets.keeping import refill
 from dtr.errors import IntegrityError, NotFound, StateLost
 from dtr.runs import run_number
 from dtr.state.client import translate
@@ -118,6 +119,8 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     after = commits if newest is None else [*commits, *(c for c, m in manifests.items() if m.decision == "abort" and c[1] > newest[1])]
     for name in sorted(after, key=lambda c: (c[1], c[0])):
         _index_checkpoint(state, state_id, manifests[name], url, pinned=notes.get(name, ""), retiring=name in holdings.retiring)
+    if newest is not None:
+        refill(state, store, manifests[newest].data)
     log.info("job %s: %d runs and %d checkpoints of %s are indexed", state.job, len(found), len(after), url)
     return max((run_number(run) for run in holdings.every_run), default=0)
 

@@ -21,8 +21,9 @@ from dtr.checkpoint.format.replication import REPLICATED
 from dtr.checkpoint.format.tensors import Header, Tensor, tensor_at
 from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.restoring import fill, scattered
+from dtr.checkpoint.restoring.contract import Source, Where
 from dtr.checkpoint.restoring.scattered import Extent, Located, Whole, check_fits
-from dtr.checkpoint.restoring.source import OBJECT_THREADS, PieceSource, Source, Where
+from dtr.checkpoint.restoring.source import OBJECT_THREADS, PieceSource
 from dtr.errors import IntegrityError
 from dtr.store.pieces import Piece, move
 

@@ -20,8 +20,9 @@ from dtr.checkpoint.format.paths import Patterns, prune
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.restoring import scattered
 from dtr.checkpoint.restoring.cache import Cache
+from dtr.checkpoint.restoring.contract import Source, Where
 from dtr.checkpoint.restoring.fetch import read_state
-from dtr.checkpoint.restoring.source import Pieces, PieceSource, Source, Where, source_of
+from dtr.checkpoint.restoring.source import Pieces, PieceSource, source_of
 from dtr.checkpoint.staging.memory import mapped_here
 from dtr.checkpoint.staging.slots import Found, holds, open_for_reading, scan_job
 from dtr.clock import SYSTEM, Clock

@@ -18,8 +18,9 @@ from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.keeping.exported import ABOUT, Exported
 from dtr.checkpoint.manifest import Manifest, Replicated
 from dtr.checkpoint.restoring.candidates import name_of
+from dtr.checkpoint.restoring.contract import Source
 from dtr.checkpoint.restoring.scattered import Extent, Located, header_of, headers_of, locate
-from dtr.checkpoint.restoring.source import Pieces, PieceSource, Source, source_of
+from dtr.checkpoint.restoring.source import Pieces, PieceSource, source_of
 from dtr.errors import IntegrityError, InvalidInput
 from dtr.store import Store
 
@@ -89,7 +90,7 @@ def open_stored(store: Store, manifest: Manifest) -> Opened:
     """A commit in a store; raises IntegrityError if it is none."""
     name = name_of(manifest.run, manifest.step)
     if manifest.decision != "commit":
-        raise IntegrityError(f"{name} is no commit but {manifest.decision}: {manifest.reason}")
+        raise IntegrityError(f"{name} {manifest.fate}: {manifest.reason}")
     sources = {part.rank: source_of(store, part) for part in manifest.parts}
     return Opened(name=name, world_size=manifest.world_size, replicated=manifest.replicated, sources=sources)
 

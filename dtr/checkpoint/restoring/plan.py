@@ -14,10 +14,10 @@ from typing import Literal
 from dtr.checkpoint.lineage import Checkpoint, split_name
 from dtr.checkpoint.restoring.attempts import Tally, tallies
 from dtr.checkpoint.restoring.candidates import Candidate
+from dtr.checkpoint.restoring.contract import Where
 from dtr.checkpoint.restoring.nearby import Nearby, Part
 from dtr.checkpoint.restoring.restore import Reader, look
 from dtr.checkpoint.restoring.settling import PATIENCE_S, undecided
-from dtr.checkpoint.restoring.source import Where
 from dtr.checkpoint.survey import in_parallel, lineage_of, read_manifest, survey
 from dtr.errors import CoordinatorUnavailable, IntegrityError, NotFound, StateCorrupt
 from dtr.state.job import JobState

@@ -21,9 +21,9 @@ from dtr.checkpoint.restoring.agreement import Agreement, BaseIsSet, restore_fai
 from dtr.checkpoint.restoring.attempts import quarantined, tallies
 from dtr.checkpoint.restoring.cache import Cache
 from dtr.checkpoint.restoring.candidates import ENOUGH, Candidate, Offer, Wish, gather, name_of, newest_commit
+from dtr.checkpoint.restoring.contract import Where
 from dtr.checkpoint.restoring.nearby import Nearby, Read
 from dtr.checkpoint.restoring.settling import wait_until_settled
-from dtr.checkpoint.restoring.source import Where
 from dtr.checkpoint.survey import Indexed, indexed, lineage_of, survey
 from dtr.clock import SYSTEM, Clock
 from dtr.config import Settings

@@ -22,7 +22,7 @@ from dtr.checkpoint.format.paths import Patterns, leaves, mentioned
 from dtr.checkpoint.format.replication import REPLICATED, rows_of
 from dtr.checkpoint.format.tensors import Header, Place, Tensor, header_end, read_header, tensor_at
 from dtr.checkpoint.format.tree import TREE
-from dtr.checkpoint.restoring.source import Source
+from dtr.checkpoint.restoring.contract import Source
 from dtr.errors import IntegrityError, WorldSizeMismatch
 
 __all__ = ["Extent", "Located", "Whole", "check_fits", "fits", "header_of", "headers_of", "locate", "read"]
@@ -72,12 +72,13 @@ class _Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _About:
-    """``dtr_replicated``, checked."""
+    """``dtr_replicated``, checked. ``also``: common tensors of this part by other names than the patterns select."""
 
     patterns: tuple[str, ...]
     world_size: int
     structure: str
     rows: Mapping[str, _Row]
+    also: frozenset[str] = frozenset()
 
 
 def header_of(source: Source) -> Header:
@@ -114,7 +115,7 @@ def locate(headers: Mapping[int, Header], rank: int) -> Whole:
             extent = Extent(rank=r, start=header.data_start + place.start, end=header.data_start + place.end)
             if (row := abouts[r].rows.get(place.name)) is not None:
                 pieces.setdefault(row.of, []).append((row.start, row.end, _whole_of(place, row), extent))
-            elif patterns.match(place.name):
+            elif place.name in abouts[r].also or patterns.match(place.name):
                 pieces.setdefault(place.name, []).append((0, rows_of(place.shape, place.end - place.start), place, extent))
             elif r == rank:
                 own[place.name] = Located(place=place, extents=(extent,), common=False)
@@ -125,13 +126,15 @@ def locate(headers: Mapping[int, Header], rank: int) -> Whole:
 
 def _about(header: Header, rank: int, parts: int) -> _About:
     try:
-        match orjson.loads(_metadata(header, REPLICATED)):
+        told = orjson.loads(_metadata(header, REPLICATED))
+        match told:
             case {"patterns": [*patterns], "rank": int(said), "world_size": int(size), "structure": str(structure), "rows": dict(rows)}:
                 if not patterns or not all(type(text) is str and text.strip("/") for text in patterns):
                     raise ValueError("its patterns are none")
                 if said == rank and size == parts:
                     checked = {name: _row(row) for name, row in rows.items()}
-                    return _About(patterns=tuple(patterns), world_size=size, structure=structure, rows=checked)
+                    also = frozenset(map(str, told.get("also", ())))
+                    return _About(patterns=tuple(patterns), world_size=size, structure=structure, rows=checked, also=also)
     except (orjson.JSONDecodeError, ValueError, TypeError) as exc:
         raise IntegrityError(f"the part of rank {rank} does not say which rows it holds: {exc}") from exc
     raise IntegrityError(f"the part of rank {rank} belongs to another checkpoint than the {parts} parts beside it")

@@ -14,61 +14,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from dtr.checkpoint import checksum
+from dtr.checkpoint.delta.source import ChunkSource
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.patience import patiently
+from dtr.checkpoint.restoring.contract import Source, Where
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, NotFound, SlotUnavailable
 from dtr.store import Store
 from dtr.store.base import as_bytes
 from dtr.store.pieces import Piece, move
 
-__all__ = ["PIECE_BYTES", "PieceSource", "Pieces", "Source", "Where", "check_object", "source_of"]
+__all__ = ["PIECE_BYTES", "PieceSource", "Pieces", "check_object", "source_of"]
 
 PIECE_BYTES: Final = 16 << 20  # of what has no pieces of its own
 OBJECT_BLOCK_BYTES: Final = 8 << 20  # one request; each opens the file, or asks the service, anew
 OBJECT_THREADS: Final = 8
 
-Where = Literal["slot", "cache", "store"]
 T = TypeVar("T")
 Fill = Callable[[memoryview, int], None]  # fill the buffer with the bytes from an offset on, or raise
-
-
-class Source(Protocol):
-    """The bytes of one part's safetensors file. Threads may read at once; nothing is opened before the first read."""
-
-    @property
-    def name(self) -> str:
-        """For people: ``object runs/...``, ``slot /dev/shm/...``."""
-
-    @property
-    def where(self) -> Where:
-        """What kind of place it is."""
-
-    @property
-    def state_bytes(self) -> int:
-        """The size of the file."""
-
-    @property
-    def piece_bytes(self) -> int:
-        """A range that begins and ends at multiples of this (or at the end) is read without a byte more; 0: only the whole is."""
-
-    def check(self) -> None:
-        """Raise IntegrityError unless all of it is there by its size: asked before memory is taken for what a manifest merely declares."""
-
-    def read_into(self, buffer: memoryview | bytearray, offset: int = 0) -> None:
-        """Fill all of ``buffer`` with the file's bytes from ``offset`` on, verified.
-
-        Raises:
-            IntegrityError: missing, of another size, or another checksum; the buffer holds nothing to be relied on.
-            StoreUnavailable: it stayed away.
-            InvalidInput: the range is not within the file.
-        """
-
-    def close(self) -> None:
-        """Let go of locks, memory and descriptors; safe to call twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,8 +224,6 @@ def source_of(store: Store, facts: PartFacts, *, patience_s: float = 60.0, clock
         clock: for that.
     """
     if facts.kind == "chunks":
-        from dtr.checkpoint.delta.source import ChunkSource  # it is a Source, so it imports this module
-
         return ChunkSource(store, facts, patience_s=patience_s, clock=clock)
     return _object(store, facts, patience_s, clock)
 

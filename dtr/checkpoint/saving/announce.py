@@ -1,6 +1,7 @@
 """Make one staged save known to Redis and to the uploader, and look how its checkpoint is doing. Thin: the publisher says when.
 
-Killed between any two lines, nothing is lost: the slot is complete, and the uploader registers what Redis never heard of.
+Killed between any two lines, nothing is lost: the slot is complete, and the uploader registers what Redis never heard of. A report
+that a save came to nothing may be lost with the process that it was for.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def announce(state: JobState, save: Save, recover_run: Callable[[], None], broke
         Unavailable, Recovering, StateLost: not now.
     """
     if save.lost is not None:
+        failpoint("save.before_report")
         report(state, save.state_id, save.fence, save.lost, save.id)
+        failpoint("save.after_report")
         return
     save.settle()
     if save.failed:

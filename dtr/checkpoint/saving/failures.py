@@ -18,13 +18,16 @@ from dtr.config import Settings
 from dtr.errors import SaveFailed, StaleIncarnation, StateLost
 from dtr.state.job import JobState
 
-__all__ = ["ECHO", "Failed", "Failures", "Standing", "report", "sentence", "verdict"]
+__all__ = ["ECHO", "SKIPPED", "Failed", "Failures", "Standing", "report", "sentence", "verdict"]
 
 log = logging.getLogger(__name__)
 
 # Why a rank that raised SaveFailed has no part. For the others that is no failure of its own: each is told of the one behind it, and two
 # ranks that catch the error and save on would make each other raise for ever.
 ECHO: Final = "it stopped at an earlier failed save"
+# Why a rank has no part where `slot_policy = skip` chose that a save may be left out. It is warned of, and counts for `rpo`; if `fatal`
+# raised for it, nobody could choose both.
+SKIPPED: Final = "skipped: every staging slot still waits for its upload"
 _OVERDUE: Final = "UNDECIDED"
 
 
@@ -63,10 +66,11 @@ def verdict(
 ) -> tuple[Literal["raise", "warn", ""], tuple[Failed, ...]]:
     """Whether the next save of ``run`` raises, warns or says nothing, and about which failures.
 
-    ``fatal`` raises for any untold failure of this run. ``rpo`` raises once the newest committed state is older than ``rpo_s``, if saves
-    have failed since or are undecided for longer than that. Whatever does not raise is warned of.
+    ``fatal`` raises for any untold failure of this run but a skipped save. ``rpo`` raises once the newest committed state is older than
+    ``rpo_s``, if saves have failed since, skipped ones too, or are undecided for longer than that. Whatever does not raise is warned of.
     """
-    ours = tuple(failed for failed in standing.untold if failed.run == run and ECHO not in failed.reason)
+    meant = (ECHO, SKIPPED)
+    ours = tuple(one for one in standing.untold if one.run == run and not any(why in one.reason for why in meant))
     if policy == "fatal" and ours:
         return "raise", ours
     if policy == "rpo" and standing.safe_s is not None and now_s - standing.safe_s > rpo_s:

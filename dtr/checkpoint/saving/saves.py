@@ -73,6 +73,7 @@ class Saves:
         patterns = asked.replicated if isinstance(asked.replicated, Patterns) else None
         kind: Replicated = "some" if patterns is not None else "all" if asked.replicated else "none"
         self._first.prepare(session)
+        handle.durable.add_done_callback(partial(_committed, session, handle))
         save = Save(
             handle=handle,
             spec=Spec(run=run.id, step=asked.step, world_size=run.world_size, store=self._url, replicated=kind, writer=WRITER),
@@ -168,3 +169,9 @@ class Saves:
         checksum = next((part.state_checksum for part in manifest.parts if part.rank == save.part_rank), "")
         size_bytes = sum(part.state_bytes for part in manifest.parts)
         return Sight(state=found, reason=manifest.reason or "", size_bytes=size_bytes, checksum=checksum)
+
+
+def _committed(session: Session, handle: SaveHandle, durable: Future[Any]) -> None:
+    """What the steps consumed is in the store with the checkpoint, so this process need not tell it again."""
+    if not durable.cancelled() and durable.exception() is None:
+        plane.committed(session, handle.run, handle.step)

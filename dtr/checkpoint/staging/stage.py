@@ -16,6 +16,7 @@ from typing import Any
 from dtr.checkpoint.format.structure import Structures
 from dtr.checkpoint.parts import StagedPart
 from dtr.checkpoint.saving.announce import Save
+from dtr.checkpoint.saving.failures import SKIPPED
 from dtr.checkpoint.staging.arena import Arena
 from dtr.checkpoint.staging.device import Cuda, Devices, Pending
 from dtr.checkpoint.staging.filling import COPY_THREADS, Slot
@@ -95,7 +96,7 @@ class Stage:
             if arena.counters.waited > waited:
                 save.counter = "saves_waited"
             return slot
-        save.failed, save.counter = "skipped: every staging slot still waits for its upload", "saves_skipped"
+        save.failed, save.counter = SKIPPED, "saves_skipped"
         why = f"run {save.spec.run} step {save.spec.step}: rank {save.fence.rank} {save.failed}"
         save.handle.fail("SKIPPED", CheckpointAborted(why, run=save.spec.run, step=save.spec.step, reason=save.failed))
         log.warning("%s", why)

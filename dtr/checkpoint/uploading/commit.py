@@ -1,6 +1,6 @@
 """The one decision about a checkpoint: whoever first puts the manifest key of (run, step) decides, be it a commit or an abort.
 
-    SEALED:   put manifest(commit) if absent -> read it back -> tell Redis
+    SEALED:   put the journal of its steps -> put manifest(commit) if absent -> read it back -> tell Redis
     ABORTING: put manifest(abort) if absent  -> read it back -> tell Redis -> delete the objects that no manifest will ever name
 
 Any number of uploaders may do this at once, or be killed or stopped between any two lines: the manifest of a sealed checkpoint is the
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 
 from dtr.checkpoint import parts
-from dtr.checkpoint.handover import data_state
+from dtr.checkpoint.handover import data_state, keep_steps, let_go
 from dtr.checkpoint.keeping.rebuild import index_checkpoint
 from dtr.checkpoint.manifest import Manifest, PartFacts
 from dtr.checkpoint.parts import CheckpointView, PartView
@@ -89,6 +89,7 @@ def _commit(state: JobState, store: Store, view: CheckpointView) -> str:
         names = ", ".join(part.object for part in gone)
         log.error("run %s step %d: objects vanished from the store before the commit: %s", view.run, view.step, names)
         return _abort(state, store, view, f"objects vanished from the store before the commit: {names}")
+    keep_steps(state, store, view.run, view.step)
     failpoint("commit.before_manifest")
     found = _put_first(store, wanted)
     failpoint("commit.after_manifest")
@@ -184,6 +185,7 @@ def _tell(state: JobState, store: Store, store_url: str, found: Manifest) -> str
     )
     if verdict == "UNKNOWN":  # Redis forgot it, or retention retired it while we slept: what the store says now is indexed
         verdict = index_checkpoint(state, store, store_url, found.run, found.step)
+    let_go(state, found.run, found.step)
     log.debug("run %s step %d is %s%s", found.run, found.step, verdict or "retired", f": {found.reason}" if found.reason else "")
     return verdict
 

@@ -21,7 +21,7 @@ from dtr.checkpoint.staging.reclaim import reclaim
 from dtr.checkpoint.staging.slots import OWNER_LOCK, Found, fallback, finish, scan, scan_job
 from dtr.checkpoint.uploading.upload import register_slot
 from dtr.clock import SYSTEM, Clock
-from dtr.errors import CheckpointError, InvalidInput, Recovering, RunUnknown, StateCorrupt, StateLost
+from dtr.errors import CheckpointError, InvalidInput, Recovering, RunUnknown, StateCorrupt, StateLost, Unavailable
 from dtr.membership import why_departed
 from dtr.names import job_name
 from dtr.runs import Member, read_run
@@ -56,13 +56,14 @@ class Wake:
 
 @dataclass(slots=True, kw_only=True)
 class Look:
-    """What one look found."""
+    """What one look found. ``unclaimed_s``: how long a part has been worth a message, the longest, and no process took it up."""
 
     slots: int = 0
     staged: int = 0
     staged_bytes: int = 0
     open_checkpoints: int = 0
     reclaimed_bytes: int = 0
+    unclaimed_s: float = 0.0
     wakes: list[Wake] = field(default_factory=list)
     collects: list[str] = field(default_factory=list)  # jobs of which retention should look again
 
@@ -136,10 +137,14 @@ class Reconciler:
             state = JobState(self.redis_url, job, client=self._redis)
             try:
                 self._look_at_job(state, [slot for slot in staged if slot.record is not None and slot.record.job == job], found)
-            except (StateLost, Recovering, StateCorrupt) as exc:
+            except (StateLost, Recovering) as exc:
                 # Redis lost this job, or is being filled. The upload of a slot fills it from the store, in a process of its own.
                 log.info("job %s: %s", job, exc)
                 found.wakes += [wake for slot in staged if (wake := self._wake_of(slot, job)) is not None]
+            except Unavailable:
+                raise
+            except Exception as exc:  # whatever is wrong with one job, the others are looked at
+                self._once(("job", job, str(exc)), f"job {job} cannot be looked at: {type(exc).__name__}: {exc}")
         self._since = {key: since for key, since in self._since.items() if key in self._seen}
         return found
 
@@ -179,8 +184,12 @@ class Reconciler:
             except StateCorrupt as exc:
                 self._once(("corrupt", state.job, run, str(step)), str(exc))
         for slot in staged:
-            if slot.record is not None and (slot.record.run, slot.record.step) not in opened:
+            if slot.record is None or (slot.record.run, slot.record.step) in opened:
+                continue
+            try:
                 self._look_at_slot(state, slot, found)
+            except StateCorrupt as exc:
+                self._once(("corrupt", state.job, slot.record.run, str(slot.record.step)), str(exc))
 
     def _look_at_open(self, state: JobState, run: str, step: int, mine: list[Found], found: Look) -> None:
         roster = self._roster(state, run)
@@ -217,6 +226,8 @@ class Reconciler:
             self._register(state, slot, found)
         elif act == "upload":
             found.wakes.append(Wake(job=state.job, run=view.run, step=view.step, rank=rank))
+            waited_s = self._waited_s(("unclaimed", state.job, view.run, str(view.step), str(rank)))
+            found.unclaimed_s = max(found.unclaimed_s, waited_s)
         elif act == "lose":
             self._lose(state, view, rank, part, reason)
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dtr.datasets.formats.contract import Columns, Format, Measure, Span
+from dtr.datasets.formats.contract import START_BYTES, Columns, Format, Measure, Span
 from dtr.datasets.formats.jsonl import JsonLines
 from dtr.datasets.formats.mds import Mds
 from dtr.datasets.formats.npy import Npy
@@ -15,7 +15,7 @@ from dtr.datasets.formats.tar import Tar
 from dtr.datasets.formats.tokens import Tokens
 from dtr.errors import InvalidInput
 
-__all__ = ["Columns", "Format", "Measure", "Span", "format_of_fields", "make_format"]
+__all__ = ["START_BYTES", "Columns", "Format", "Measure", "Span", "format_of_fields", "make_format"]
 
 _PLAIN: Mapping[str, Callable[[], Format]] = {"jsonl": JsonLines, "mds": Mds, "npy": Npy, "parquet": Parquet, "tar": Tar}  # without options
 _NAMES = ("bin", *_PLAIN)

@@ -13,17 +13,19 @@ for messages.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
 from dtr.errors import InvalidInput
 
-__all__ = ["Columns", "Format", "Measure", "Span", "chosen_columns"]
+__all__ = ["START_BYTES", "Columns", "Format", "Measure", "Span", "chosen_columns"]
 
+START_BYTES: Final = 16
 Columns = dict[str, NDArray[Any]]
 
 
@@ -66,6 +68,9 @@ class Format(Protocol):
     def measure(self, file: BufferedReader, shard_size: int) -> Measure:
         """Count the samples and find where each shard of ``shard_size`` samples begins."""
 
+    def promised(self, start: bytes) -> int | None:
+        """How many samples a file says that it holds whose first `START_BYTES` are these; None if its beginning does not tell."""
+
     def columns(self, file: BufferedReader) -> tuple[str, ...]:
         """The names under which ``read`` returns values."""
 
@@ -84,5 +89,7 @@ def chosen_columns(wanted: Sequence[str] | None, known: Sequence[str], file: str
         raise InvalidInput(f"columns must be a list of names, got the text {wanted!r}", field="columns")
     for column in wanted:
         if column not in known:
-            raise InvalidInput(f"columns: {file} has no column {column!r}; it has {', '.join(known)}", field="columns")
+            near = difflib.get_close_matches(column, known, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise InvalidInput(f"columns: {file} has no column {column!r}; it has {', '.join(known)}{meant}", field="columns")
     return tuple(wanted)

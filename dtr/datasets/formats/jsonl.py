@@ -20,7 +20,7 @@ from dtr.placement import MAX_SHARDS
 __all__ = ["JsonLines"]
 
 _CHUNK_BYTES = 4 << 20
-_MAX_LINE_BYTES = 64 << 20
+_MAX_LINE_BYTES = 64 << 20  # beyond it is no sample but a file that lost its newlines; and a line is in memory as a whole
 _NEWLINE = 10
 
 
@@ -46,6 +46,9 @@ class JsonLines:
             lines += 1
         begins = np.concatenate([np.zeros(1, dtype=np.int64), *marks])
         return Measure(samples=lines, marks=tuple(begins[begins < size_bytes].tolist()))
+
+    def promised(self, start: bytes) -> int | None:
+        return None
 
     def columns(self, file: BufferedReader) -> tuple[str, ...]:
         return tuple(_whole_line(file, 0, line=1)) if os.fstat(file.fileno()).st_size else ()
@@ -85,9 +88,12 @@ def _count(file: BufferedReader, shard_size: int) -> tuple[int, list[NDArray[np.
     file.seek(0)
     while size := file.readinto(chunk.data):
         newlines = np.flatnonzero(chunk[:size] == _NEWLINE) + base
-        empty = np.flatnonzero(np.diff(newlines, prepend=previous) == 1)
+        lengths = np.diff(newlines, prepend=previous)
+        empty = np.flatnonzero(lengths == 1)
         if empty.size:
             raise DatasetMismatch(f"{file.name} line {lines + int(empty[0]) + 1} is empty; expected a JSON object", file=file.name)
+        if base + size - previous > _MAX_LINE_BYTES:
+            _check_lengths(file.name, lines, [*lengths.tolist(), base + size - 1 - int(newlines[-1] if newlines.size else previous)])
         marks.append(newlines[-(lines + 1) % shard_size :: shard_size] + 1)
         marked += len(marks[-1])
         if marked > MAX_SHARDS:
@@ -100,12 +106,26 @@ def _count(file: BufferedReader, shard_size: int) -> tuple[int, list[NDArray[np.
     return lines, marks, previous
 
 
+def _check_lengths(name: str, before: int, lengths: list[int]) -> None:
+    for line, length in enumerate(lengths, before + 1):
+        if length > _MAX_LINE_BYTES:
+            raise _too_long(name, line)
+
+
+def _too_long(name: str, line: int) -> DatasetMismatch:
+    return DatasetMismatch(
+        f"{name} line {line} is longer than {_MAX_LINE_BYTES >> 20} MiB; a line must be one sample: is a newline missing?",
+        file=name,
+        line=line,
+    )
+
+
 def _whole_line(file: BufferedReader, offset: int, *, line: int) -> dict[str, Any]:
     """The object in the line that begins at ``offset``."""
     file.seek(offset)
     text = file.readline(_MAX_LINE_BYTES + 1)
     if len(text) > _MAX_LINE_BYTES:
-        raise DatasetMismatch(f"{file.name} line {line} is longer than {_MAX_LINE_BYTES >> 20} MiB", file=file.name)
+        raise _too_long(file.name, line)
     return _object(text, file.name, line)
 
 

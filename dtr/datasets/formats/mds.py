@@ -66,6 +66,9 @@ class Mds:
             )
         return Measure(samples=head.samples)
 
+    def promised(self, start: bytes) -> int | None:
+        return int.from_bytes(start[:4], "little") if len(start) >= 4 else None
+
     def columns(self, file: BufferedReader) -> tuple[str, ...]:
         return tuple(column.name for column in _head(file).columns)
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from dtr.errors import ConfigError, DatasetMismatch
 __all__ = ["Parquet"]
 
 log = logging.getLogger(__name__)
+
+_DECODED_WHOLE: Final = 4 << 20  # rows
+_PIECE_ROWS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,9 @@ class Parquet:
             )  # fmt: skip
         return Measure(samples=described.num_rows)
 
+    def promised(self, start: bytes) -> int | None:
+        return None
+
     def columns(self, file: BufferedReader) -> tuple[str, ...]:
         return tuple(_open(file).schema_arrow.names)
 
@@ -48,10 +54,17 @@ class Parquet:
         opened = _open(file)
         chosen = chosen_columns(columns, opened.schema_arrow.names, file.name)
         table = _rows(opened, span, list(chosen), file.name)
-        return {column: _array(table.column(column)) for column in chosen}
+        try:
+            return {column: _array(table.column(column)) for column in chosen}
+        except ValueError as exc:  # text that is not UTF-8
+            raise DatasetMismatch(f"{file.name}: rows {span.start} to {span.stop} cannot be read: {exc}", file=file.name) from exc
 
     def iterate(self, file: BufferedReader, span: Span) -> Iterator[dict[str, Any]]:
-        yield from _rows(_open(file), span, None, file.name).to_pylist()
+        table = _rows(_open(file), span, None, file.name)
+        try:
+            yield from table.to_pylist()
+        except ValueError as exc:
+            raise DatasetMismatch(f"{file.name}: rows {span.start} to {span.stop} cannot be read: {exc}", file=file.name) from exc
 
 
 def _open(file: BufferedReader) -> Any:
@@ -63,28 +76,50 @@ def _open(file: BufferedReader) -> Any:
     file.seek(0)
     try:
         return parquet.ParquetFile(file)
+    except MemoryError:  # pyarrow's is an ArrowException, too
+        raise
     except (pa.ArrowException, OSError, ValueError) as exc:
         raise DatasetMismatch(f"{file.name} is no whole Parquet file: {exc}", file=file.name) from exc
 
 
 def _rows(opened: Any, span: Span, columns: list[str] | None, name: str) -> Any:
-    """The span's rows as an Arrow table; of the file only the row groups that hold them are read."""
+    """The span's rows as an Arrow table; of the file only the row groups that hold them are read.
+
+    A group far larger than the span is decoded piece by piece: a few bytes of Parquet may stand for any number of equal rows.
+    """
     import pyarrow as pa
 
-    described, first, at = opened.metadata, 0, 0
+    described, first, at, held = opened.metadata, 0, 0, 0
     groups: list[int] = []
     for number in range(described.num_row_groups):
         rows = described.row_group(number).num_rows
         if at < span.stop and at + rows > span.start:
             first = at if not groups else first
             groups.append(number)
+            held += rows
         at += rows
     if at < span.stop:
         raise DatasetMismatch(f"{name} has {at:,} rows, expected {span.stop:,}: it changed", file=name)
     try:
+        if held > _DECODED_WHOLE + 4 * (span.stop - span.start):
+            return pa.Table.from_batches(list(_pieces(opened, groups, columns, span.start - first, span.stop - first)))
         return opened.read_row_groups(groups, columns=columns).slice(span.start - first, span.stop - span.start)
+    except MemoryError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as exc:
         raise DatasetMismatch(f"{name}: rows {span.start} to {span.stop} cannot be read: {exc}", file=name) from exc
+
+
+def _pieces(opened: Any, groups: list[int], columns: list[str] | None, start: int, stop: int) -> Iterator[Any]:
+    """The rows ``start`` to ``stop`` of these row groups, as record batches; nothing behind them is decoded."""
+    at = 0
+    for batch in opened.iter_batches(batch_size=_PIECE_ROWS, row_groups=groups, columns=columns):
+        begin, end = max(0, start - at), min(stop - at, batch.num_rows)
+        if begin < end:
+            yield batch.slice(begin, end - begin)
+        at += batch.num_rows
+        if at >= stop:
+            return
 
 
 def _array(column: Any) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """Tar files in the WebDataset convention: neighbouring members with one key are a sample, their extensions its columns.
 
 ``images/000123.jpg`` and ``images/000123.cls`` are the columns ``jpg`` and ``cls`` of sample ``images/000123``: the key ends at the
-first dot of the file's own name. Column ``__key__`` holds the keys.
+first dot of the file's own name. Column ``__key__`` holds the keys. Nothing is unpacked to disk: a name is text, wherever it may point.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, Final
 
-import numpy as np
 import orjson
 
 from dtr.datasets.formats.columns import column_of
 from dtr.datasets.formats.contract import Columns, Measure, Span, chosen_columns
+from dtr.datasets.formats.npy import array_of
 from dtr.errors import DatasetMismatch
+from dtr.placement import MAX_SHARDS
 
 __all__ = ["Tar"]
 
@@ -45,8 +46,16 @@ class Tar:
         for begin, _key, _members in _samples(file, 0, os.fstat(file.fileno()).st_size):
             if samples % shard_size == 0:
                 marks.append(begin)
+                if len(marks) > MAX_SHARDS:
+                    raise DatasetMismatch(
+                        f"{file.name} makes more than {MAX_SHARDS:,} shards of {shard_size:,} samples; use a greater shard_size",
+                        file=file.name,
+                    )
             samples += 1
         return Measure(samples=samples, marks=tuple(marks))
+
+    def promised(self, start: bytes) -> int | None:
+        return None
 
     def columns(self, file: BufferedReader) -> tuple[str, ...]:
         first = next(_samples(file, 0, os.fstat(file.fileno()).st_size), None)
@@ -108,18 +117,38 @@ def _samples(file: BufferedReader, begin: int, end: int) -> Iterator[tuple[int, 
         yield at, key, members
 
 
+class _Bounded(io.RawIOBase):
+    """A file of which nobody can ask for more than there is: Python sets aside all that was asked for before it reads."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        super().__init__()
+        self._file, self._size_bytes = file, os.fstat(file.fileno()).st_size
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = max(0, self._size_bytes - self._file.tell())
+        return self._file.read(left if size < 0 else min(size, left))
+
+
 def _members(file: BufferedReader, begin: int, end: int) -> Iterator[tarfile.TarInfo]:
     """The members whose headers begin in these bytes; DatasetMismatch unless the archive is whole up to there."""
     file.seek(begin)
     if end - begin < _BLOCK_BYTES:
         raise DatasetMismatch(f"{file.name} is no tar file: it has {end} bytes", file=file.name)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=_Bounded(file), mode="r:") as archive:
             while (member := archive.next()) is not None and member.offset < end:
                 archive.members.clear()  # type: ignore[attr-defined]  # or it would keep every header that it has met
+                if member.size < 0 or member.issparse():
+                    raise ValueError(f"member {member.name!r} at byte {member.offset} is sparse, or says that it ends before it begins")
                 yield member
             stopped_at = archive.offset
-    except (tarfile.TarError, OSError, ValueError) as exc:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as exc:
         raise DatasetMismatch(f"{file.name} is no whole tar file after byte {begin}: {exc}", file=file.name) from exc
     if member is None:  # the end of the archive is zeros; tarfile also takes garbage for it
         file.seek(min(stopped_at, os.fstat(file.fileno()).st_size))
@@ -130,7 +159,7 @@ def _members(file: BufferedReader, begin: int, end: int) -> Iterator[tarfile.Tar
 def _value(file: BufferedReader, extension: str, member: tarfile.TarInfo) -> Any:
     position = file.tell()
     file.seek(member.offset_data)
-    content = file.read(member.size)
+    content = file.read(member.size)  # the archive was followed to what comes after it, so that much is there
     file.seek(position)
     if len(content) != member.size:
         raise DatasetMismatch(f"{file.name} ends within member {member.name!r}: it was truncated", file=file.name)
@@ -139,14 +168,10 @@ def _value(file: BufferedReader, extension: str, member: tarfile.TarInfo) -> Any
         return content
     try:
         return decode(content)
-    except (ValueError, EOFError) as exc:
+    except (ValueError, EOFError, TypeError, SyntaxError, RecursionError) as exc:
         raise DatasetMismatch(f"{file.name}: member {member.name!r} is not what its name says: {exc}", file=file.name) from exc
 
 
-def _array(content: bytes) -> Any:
-    return np.load(io.BytesIO(content), allow_pickle=False)
-
-
 _DECODERS: Final[Mapping[str, Callable[[bytes], Any]]] = {
-    "txt": bytes.decode, "text": bytes.decode, "json": orjson.loads, "cls": int, "index": int, "npy": _array,
+    "txt": bytes.decode, "text": bytes.decode, "json": orjson.loads, "cls": int, "index": int, "npy": array_of,
 }  # fmt: skip

@@ -70,6 +70,9 @@ class Tokens:
             )
         return Measure(samples=samples)
 
+    def promised(self, start: bytes) -> int | None:
+        return None
+
     def columns(self, file: BufferedReader) -> tuple[str, ...]:
         return (COLUMN,)
 

@@ -6,8 +6,7 @@
 --   3 fences      hash    worker -> incarnation, and the numbers of its channels
 --   4 ledger      hash    of the data set in this epoch and run
 --   5 taken       string  one bit a shard: not free
---   6 done        string  one bit a shard: consumed whole in this run
---   7 quarantine  hash    shard -> why it cannot be read
+--   6 quarantine  hash    shard -> why it cannot be read
 -- ARGV
 --   1 state_id    string  that the member joined
 --   2 run         string  the run
@@ -21,13 +20,12 @@
 --  10 keep_ms     integer the ledger outlives its last write by this
 --  11 candidates  string  shards that the caller would like, the best first, blanks between
 --  12 number      integer of this write in channel loader
--- RETURNS 'FREE DRY|SHARD:FENCE ...|SHARD ...': shards that are free still, 1 if this rank is dry, what was leased, and what was met in
---   quarantine and is nobody's now
+-- RETURNS 'DRY|SHARD:FENCE ...|SHARD ...': 1 if this rank is dry, what was leased, and what was met in quarantine and is nobody's now
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED LEDGER_UNSET INVALID
--- WRITES fences ledger taken done
+-- WRITES fences ledger taken
 -- IDEMPOTENT by the number and the ledger: a repeated write answers what the first did
 -- INCLUDE state fence channel ledger
-local meta, roster, fences, ledger, taken, done, quarantine = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local meta, roster, fences, ledger, taken, quarantine = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local state_id, run, worker, rank, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local have, want, known_leases, from_byte = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local keep_ms, candidates, number = ARGV[10], ARGV[11], tonumber(ARGV[12])
@@ -41,7 +39,7 @@ local echo, answer = channel_state(fences, worker, 'loader', number)
 if echo ~= 'new' and echo ~= 'repeat' then return echo end
 -- A write that took effect in a run that ended before its sender knew is refused when it is repeated, so its number comes again.
 if echo == 'repeat' and string.sub(answer, 1, #ledger + 1) == ledger .. ' ' then return string.sub(answer, #ledger + 2) end
-local held = redis.call('HMGET', ledger, ':fence', ':mode', 'leases/' .. rank)
+local held = redis.call('HMGET', ledger, ':fence', ':mode', 'leases/' .. rank, 'dry/' .. rank, 'have/' .. rank)
 if held[2] ~= 'dynamic' then return redis.error_reply('LEDGER_UNSET this run has no ledger of that data set and epoch') end
 
 local fence, leased, bad, words = tonumber(held[1]), 0, {}, {}
@@ -65,18 +63,19 @@ while from_byte >= 0 and leased < want and #bad < 1000 do
   if shard < 0 then break end
   take(string.format('%d', shard))
 end
-local free = 8 * redis.call('STRLEN', taken) - redis.call('BITCOUNT', taken)
-local dry = leased == 0 and #bad == 0 and free == 0 and known_leases == tonumber(held[3] or 0)
-ledger_have(ledger, rank, have)
+-- Whoever got something need not be told whether it was the last: counting every time is what would cost most here.
+local dry = leased == 0 and #bad == 0 and known_leases == tonumber(held[3] or 0)
+  and redis.call('BITCOUNT', taken) == 8 * redis.call('STRLEN', taken)
+if have > tonumber(held[5] or -1) then ledger_have(ledger, rank, have) end
 if dry then
   if redis.call('HSETNX', ledger, 'dry/' .. rank, have) == 1 then redis.call('HINCRBY', ledger, ':dry', 1) end
-elseif redis.call('HDEL', ledger, 'dry/' .. rank) == 1 then
+elseif held[4] then
+  redis.call('HDEL', ledger, 'dry/' .. rank)
   redis.call('HINCRBY', ledger, ':dry', -1)
 end
 redis.call('HSET', ledger, ':fence', fence, 'leases/' .. rank, tonumber(held[3] or 0) + leased)
 redis.call('PEXPIRE', ledger, keep_ms)
 redis.call('PEXPIRE', taken, keep_ms)
-redis.call('PEXPIRE', done, keep_ms)
-answer = free .. ' ' .. (dry and 1 or 0) .. '|' .. table.concat(words, ' ') .. '|' .. table.concat(bad, ' ')
+answer = (dry and 1 or 0) .. '|' .. table.concat(words, ' ') .. '|' .. table.concat(bad, ' ')
 channel_record(fences, worker, 'loader', number, ledger .. ' ' .. answer)
 return answer

@@ -4,7 +4,7 @@
 --   1 meta        hash    the job's state
 --   2 roster      hash    of the current run
 --   3 pointer     hash    which placement of the data set is installed, and who computes the next
---   4 placement   hash    worker -> its shards, of this run's generation
+--   4 placement   hash    worker -> its shards, of this run's generation, and the weights that they follow from
 --   5 oldest      hash    the installed placement's parent
 --   6 events      stream  for people
 -- ARGV
@@ -20,7 +20,7 @@
 --  10 version     integer of the data set
 --  11 members     string  digest of the roster's worker ids
 --  12 moved       integer shards that change hands, for people
---  13+ shards     string  worker and its shards, alternating
+--  13+ shards     string  worker and its shards, alternating; then :weight/WORKER and its weight
 -- RETURNS 'installed' | 'changed': another placement came between
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED
 -- WRITES pointer placement oldest events

@@ -1,0 +1,242 @@
+"""The time machine as views: what a step consumed, that batch again, and samples taken out of a data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtr.datasets import ranges
+from dtr.datasets.batch import SampleRange, samples_of
+from dtr.datasets.history import Consumed, History, Moment
+from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.skipping import tell_skip
+from dtr.datasets.skips import checked
+from dtr.datasets.spec import Dataset
+from dtr.errors import InvalidInput
+from dtr.state.job import JobState
+from dtr.views.reading import reading
+from dtr.views.stored import Sources
+
+__all__ = ["BatchView", "FileRange", "ReplayView", "RowsView", "SkipView", "WhichView", "export", "replay", "skip", "which"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRange:
+    """Samples ``start`` to ``stop`` (exclusive) of a file."""
+
+    file: str
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.start}-{self.stop}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchView:
+    """One batch that one rank consumed. Files ascend; the order of the samples within the batch is what `replay` gives.
+
+    ``skipped`` had their place in it and were left out; ``padded`` were given again, so that it was full.
+    """
+
+    rank: int
+    dataset: str
+    version: int
+    mode: str
+    epoch: int
+    number: int
+    samples: int
+    files: tuple[FileRange, ...]
+    padded: tuple[FileRange, ...]
+    skipped: tuple[FileRange, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhichView:
+    """What one step consumed; ``source`` is redis or store, ``on_lineage`` is False if the job did not go on from this run's step."""
+
+    job: str
+    run: str
+    step: int
+    on_lineage: bool
+    source: str
+    batches: tuple[BatchView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsView:
+    """A batch and its samples: ``dtypes`` and ``shapes`` by column, and the samples as rows."""
+
+    batch: BatchView
+    dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    rows: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayView:
+    """A step's batches again; ``file`` is where they were written, empty if nowhere."""
+
+    job: str
+    run: str
+    step: int
+    on_lineage: bool
+    source: str
+    file: str
+    batches: tuple[RowsView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipView:
+    """Samples that are left out from now on; ``new`` is False if they were before."""
+
+    job: str
+    dataset: str
+    version: int
+    file: str
+    start: int
+    stop: int
+    samples: int
+    reason: str
+    new: bool
+
+
+def which(sources: Sources, step: int, *, rank: int | None = None, run: str | None = None) -> WhichView:
+    """What a step consumed.
+
+    Raises:
+        StepUnknown, DatasetNotFound, StateCorrupt, CoordinatorUnavailable, StoreUnavailable.
+    """
+    found = _moment(sources, step, rank, run)
+    return WhichView(
+        job=sources.job, run=found.run, step=step, on_lineage=found.on_lineage, source=found.source,
+        batches=tuple(map(_batch, found.consumed)),
+    )  # fmt: skip
+
+
+def replay(
+    sources: Sources, step: int, *, rank: int | None = None, run: str | None = None, columns: Sequence[str] | None = None,
+    most: int | None = None, file: Path | None = None,
+) -> ReplayView:  # fmt: skip
+    """A step's batches again, read from the data set's files.
+
+    Args:
+        sources: where the record is.
+        step, rank, run: as for `which`.
+        columns: to read; default: all.
+        most: so many rows of each batch are in the view; None: all.
+        file: an ``.npz`` to be written, which must not be there: an array for each column, ``NAME.RANK.NUMBER.COLUMN``.
+
+    Raises as `which`; DatasetMismatch, ShardUnreadable: the files are not what they were; InvalidInput: no such column, a file in the way.
+    """
+    found = _moment(sources, step, rank, run)
+    batches: list[RowsView] = []
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for one in found.consumed:
+        values = one.read(columns).columns
+        if file is not None:
+            arrays |= {f"{one.dataset.spec.name}.{one.rank}.{one.number}.{name}": _plain(name, held) for name, held in values.items()}
+        count = min([len(held) for held in values.values()], default=0)
+        shown = count if most is None else min(count, most)
+        batches.append(
+            RowsView(
+                batch=_batch(one), dtypes={name: str(held.dtype) for name, held in values.items()},
+                shapes={name: held.shape for name, held in values.items()},
+                rows=tuple({name: _json(held[at]) for name, held in values.items()} for at in range(shown)),
+            )
+        )  # fmt: skip
+    if file is not None:
+        export(file, arrays)
+    return ReplayView(
+        job=sources.job, run=found.run, step=step, on_lineage=found.on_lineage, source=found.source,
+        file="" if file is None else str(file), batches=tuple(batches),
+    )  # fmt: skip
+
+
+def export(file: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write the arrays so that numpy reads them without pickle; the file appears whole, or not at all. Raises InvalidInput."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("xb") as out:
+            np.savez(out, allow_pickle=False, **arrays)
+        os.link(temporary, file)
+    except FileExistsError as exc:
+        raise InvalidInput(f"out: {file} is there already: name a new file", field="out") from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def skip(state: JobState, name: str, target: str, reason: str) -> SkipView:
+    """Leave samples out of a data set from now on; safe to repeat.
+
+    Raises:
+        DatasetNotFound: there is no such data set.
+        InvalidInput: it has no such samples, or no reason is given.
+        CoordinatorUnavailable: nobody knows whether it is on record; do it again.
+    """
+    with reading(state):
+        dataset = DatasetRegistry(state.url, job=state.job, client=state.redis).get(name)
+        where, record = checked(dataset, target, reason, state.server_now_ms())
+        new = tell_skip(state, name, where, record)
+    file, _, span = where.rpartition(":")
+    start, _, stop = span.partition("-")
+    return SkipView(
+        job=state.job, dataset=name, version=dataset.spec.version, file=file, start=int(start), stop=int(stop),
+        samples=int(stop) - int(start), reason=record.reason, new=new,
+    )  # fmt: skip
+
+
+# --- how ------------------------------------------------------------------------------------------------------------
+
+
+def _moment(sources: Sources, step: int, rank: int | None, run: str | None) -> Moment:
+    history = History(sources.state, sources.store, sources.url)
+    if sources.state is None:
+        return history.at(step, rank=rank, run=run)
+    with reading(sources.state):
+        return history.at(step, rank=rank, run=run)
+
+
+def _batch(one: Consumed) -> BatchView:
+    return BatchView(
+        rank=one.rank, dataset=one.dataset.spec.name, version=one.dataset.spec.version, mode=one.mode, epoch=one.epoch, number=one.number,
+        samples=samples_of((*one.ranges, *one.padded)), files=in_files(one.dataset, one.ranges),
+        padded=in_files(one.dataset, one.padded), skipped=in_files(one.dataset, one.skipped),
+    )  # fmt: skip
+
+
+def in_files(dataset: Dataset, given: Sequence[SampleRange]) -> tuple[FileRange, ...]:
+    """Samples of shards as samples of files, ascending, what touches joined."""
+    held: dict[str, list[tuple[int, int]]] = {}
+    for number, start, stop in given:
+        shard = dataset.shard(number)
+        held.setdefault(shard.file, []).append((shard.start + start, shard.start + stop))
+    return tuple(
+        FileRange(file=file, start=start, stop=stop) for file, pairs in sorted(held.items()) for start, stop in ranges.normal(pairs)
+    )
+
+
+def _plain(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The values in a dtype that needs no pickle: texts and bytes as such."""
+    if values.dtype != np.object_:
+        return values
+    kinds = {type(value) for value in values.tolist()}
+    if kinds <= {str} or kinds <= {bytes}:
+        return np.array(values.tolist(), dtype=np.str_ if kinds <= {str} else np.bytes_)
+    raise InvalidInput(f"columns: {name!r} holds objects, which no .npz takes: leave it out, or use --json", field="columns")
+
+
+def _json(value: Any) -> Any:
+    """A value as JSON has it: bytes are shown by their length."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _json(held) for key, held in value.items()}
+    return [_json(held) for held in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,130 @@
+"""Redis killed, stopped, emptied or unheard while leases and reports are under way: every sample once, or a typed error on every rank."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+
+from dtr.config import Settings
+from dtr.datasets.registry import DatasetRegistry
+from dtr.errors import DtrError, RosterChanged, StateLost
+from dtr.state import scripts
+from dtr.state.scripts import load
+from tests.loading import Loading, LoadingRank, loading, once_each, write_lines
+from tests.proxy import Proxy
+from tests.servers import RedisServer, valkey_server
+from tests.waiting import eventually
+
+SAMPLES = 240
+SCRIPTS = sorted(path.stem for path in (Path(scripts.__file__).parent / "lua").glob("ledger_*.lua"))
+
+
+def registered(settings: Settings, folder: Path) -> Path:
+    data = write_lines(folder / "data", SAMPLES)
+    registry = DatasetRegistry(settings.redis_url, job=settings.job)
+    registry.register("numbers", path=data, format="jsonl", shard_size=10, shuffle=True)
+    registry.close()
+    return data
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may break, and that keeps what it acknowledged."""
+    with valkey_server(tmp_path / "server", ["--appendonly", "yes", "--appendfsync", "always"]) as made:
+        yield made
+
+
+@pytest.fixture
+def own(settings: Settings, server: RedisServer, tmp_path: Path) -> Settings:
+    """Settings of a job on that server, its data set registered."""
+    made = replace(settings, redis_url=server.url, ttl_s=6.0)
+    registered(made, tmp_path)
+    return made
+
+
+def killed_and_restarted(server: RedisServer) -> None:
+    server.kill()
+    server.restart()
+
+
+def paused(server: RedisServer) -> None:
+    server.pause()
+    threading.Timer(1.0, server.resume).start()
+
+
+def connections_killed(server: RedisServer) -> None:
+    with redis.Redis.from_url(server.url) as raw:
+        raw.client_kill_filter(_type="normal", skipme=True)
+
+
+@pytest.mark.parametrize("fault", [killed_and_restarted, paused, connections_killed])
+def test_redis_that_comes_back_loses_and_repeats_nothing(own: Settings, server: RedisServer, fault: Callable[..., None]) -> None:
+    """Given three ranks in the middle of an epoch, when Redis goes away three times, then each sample comes once, in equal steps."""
+    with loading(own, 3) as job:
+        before = [job.train(2, batch_size=6), *[with_fault(job, server, fault) for _ in range(3)]]
+        rest = job.train(batch_size=6)
+        assert all(len(set(steps)) == 1 for steps in (*before, rest))
+        assert once_each(job.seen(), range(SAMPLES))
+
+
+def with_fault(job: Loading, server: RedisServer, fault: Callable[..., None]) -> list[int]:
+    """Two steps during which the fault happens: after one rank's first batch, while the others ask for theirs."""
+    begun = threading.Event()
+    thread = threading.Thread(target=lambda: begun.wait(20) and fault(server))
+    thread.start()
+
+    def loop(rank: LoadingRank) -> int:
+        for _ in range(2):
+            batch = next(rank.loader(batch_size=6))
+            begun.set()
+            rank.consume(batch)
+        return 2
+
+    try:
+        return job.each(loop)
+    finally:
+        thread.join(30)
+
+
+def test_redis_that_was_emptied_ends_the_epoch_for_nobody(own: Settings) -> None:
+    """Given ranks in the middle of an epoch, when Redis is emptied, then each is told, and none takes that for the end of its data."""
+    with loading(own, 2) as job:
+        job.train(3, batch_size=6)
+        with redis.Redis.from_url(own.redis_url) as raw:
+            raw.flushall()
+
+        def told(rank: LoadingRank) -> DtrError:
+            def ended() -> DtrError | None:
+                try:
+                    rank.consume(next(rank.loader(batch_size=6)))
+                except (StateLost, RosterChanged) as exc:
+                    return exc
+                except StopIteration:
+                    raise AssertionError("the epoch ended instead") from None
+                return None
+
+            return eventually(ended, what="the rank to be told")
+
+        assert len(job.each(told)) == 2
+        assert max(job.seen().values()) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_reply_lost_to_any_script_of_the_ledger(settings: Settings, valkey: RedisServer, tmp_path: Path, script: str) -> None:
+    """Given a damaged shard and a connection that breaks after each effect, then each other sample comes once, in equal steps."""
+    damaged = registered(settings, tmp_path) / "part-1.jsonl"
+    before = damaged.stat()
+    with damaged.open("r+b") as file:
+        file.write(b"?????")
+    os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with Proxy(valkey.port) as proxy:
+        proxy.drop_replies(3, matching=load(script).sha.encode(), then="close")
+        with loading(replace(settings, redis_url=f"redis://127.0.0.1:{proxy.port}/0"), 2) as job:
+            assert len(set(job.train(batch_size=7))) == 1
+            assert once_each(job.seen(), [*range(60), *range(70, SAMPLES)])
