@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -89,6 +90,7 @@ class Loading:
             return made[0]
 
         sessions = [session(n) for n in range(size)]
+        self._looks = itertools.count(1_000_000)
         self.ranks = [LoadingRank(session, DatasetRegistry(settings.redis_url, job=settings.job)) for session in sessions]
 
     def start(self) -> Loading:
@@ -140,7 +142,8 @@ class Loading:
 
     def merged(self) -> dict[str, Any]:
         """The data state that a checkpoint of this moment would have."""
-        return merge_shares({n: rank.plane.captured() for n, rank in enumerate(self.ranks)})
+        step = next(self._looks)  # a step is captured once
+        return merge_shares({n: rank.plane.captured(step) for n, rank in enumerate(self.ranks)})
 
     def restored(self, data: dict[str, Any]) -> Loading:
         for rank in self.ranks:

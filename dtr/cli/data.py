@@ -30,7 +30,7 @@ _COLUMNS: Final = (
 )
 
 
-@click.group(short_help="List data sets, show them, and ask what a step consumed.")
+@click.group(short_help="List data sets, and ask what a step consumed.")
 def data() -> None:
     """The data sets of a job: what they are, how far training has come with them, and what each step consumed.
 

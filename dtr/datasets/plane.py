@@ -52,10 +52,10 @@ def plane_of(session: Session) -> DataPlane:
         return found
 
 
-def captured(session: Session) -> str:
-    """This rank's share of the data state as of now, for a save; '' for a process that loads nothing."""
+def captured(session: Session, step: int) -> str:
+    """This rank's share of the data state as of now, for a save of ``step``; '' for a process that loads nothing."""
     found = session.attached.get("data")
-    return found.captured() if isinstance(found, DataPlane) else ""
+    return found.captured(step) if isinstance(found, DataPlane) else ""
 
 
 def committed(session: Session, run: str, step: int) -> None:
@@ -87,6 +87,7 @@ class DataPlane:
         self._loaders: dict[str, Loader] = {}
         self._written: dict[str, tuple[DataState, orjson.Fragment]] = {}
         self._journal = Journal()
+        self._share: tuple[int, str] | None = None  # the step that was captured last, until something is consumed
         self._warned = False
         self.reports = Reports(session.settings.redis_url, f"dtr-report-{session.worker_id}")
 
@@ -116,7 +117,7 @@ class DataPlane:
         loaders, self._loaders = list(self._loaders.values()), {}
         for loader in loaders:
             loader.close()
-        self._base, self._run, self._written = None, "", {}
+        self._base, self._run, self._written, self._share = None, "", {}, None
         with self._mutex:
             self._journal = Journal()
 
@@ -214,7 +215,7 @@ class DataPlane:
                 "whatever was made of it for the model",
                 field="batch",
             )
-        given = cast("Sequence[Batch]", some)
+        given, self._share = cast("Sequence[Batch]", some), None
         for batch in given:
             if not batch.tracked:
                 raise InvalidInput(
@@ -259,11 +260,19 @@ class DataPlane:
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def captured(self) -> str:
-        """This rank's share of the data state as of now, JSON; '' if there is nothing to say. Costs no round trip."""
-        run = self._session.run
-        if run.id != self._run:
+    def captured(self, step: int) -> str:
+        """This rank's share of the data state as of now, JSON; '' if there is nothing to say. Costs no round trip.
+
+        A step that is saved twice has the same share twice, though a commit between let go of rows: it is part of what was saved.
+        """
+        if self._session.run.id != self._run:
             return ""
+        if self._share is None or self._share[0] != step:
+            self._share = step, self._captured()
+        return self._share[1]
+
+    def _captured(self) -> str:
+        run = self._session.run
         with self._mutex:
             own = {name: loader.consumption.state() for name, loader in self._loaders.items()}
             steps = {name: account for name in own if (account := self._journal.to_json(name)) is not None}

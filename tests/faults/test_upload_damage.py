@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dtr.errors import StateCorrupt
@@ -9,6 +11,7 @@ from dtr.state.job import JobState
 from dtr.state.keys import JOBS
 from tasks.reconciler import stuck_s
 from tests.faults.test_upload_faults import Later, upload
+from tests.servers import RedisServer
 from tests.uploads import Training, verified
 
 
@@ -44,8 +47,9 @@ def test_a_damaged_checkpoint_holds_up_no_other(training: Training, mistake: str
     verified(training, 2)
 
 
-def test_a_part_that_nobody_takes_up_is_noticed(training: Training) -> None:
+def test_a_part_that_nobody_takes_up_is_noticed(own_valkey: RedisServer, job: str, tmp_path: Path) -> None:
     """Messages go out and no process claims it: the looks say for how long, until one does."""
+    training = Training(own_valkey.url, job, tmp_path)
     training.stage()
     clock, reconciler = Later(), training.reconciler()
     reconciler._clock = clock
@@ -57,3 +61,4 @@ def test_a_part_that_nobody_takes_up_is_noticed(training: Training) -> None:
     assert upload(training) == "COMMITTED"
     assert reconciler.look().unclaimed_s == 0.0
     reconciler.close()
+    training.close()

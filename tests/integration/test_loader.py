@@ -147,7 +147,7 @@ def test_two_ranks_that_consumed_the_same_are_found_out(settings: Settings, numb
     """Given shares that overlap, as after a Redis that forgot a lease, when they are merged, then that is a conflict."""
     with loading(settings, 1) as job:
         job.train(3)
-        share = job.ranks[0].plane.captured()
+        share = job.ranks[0].plane.captured(0)
         with pytest.raises(DataConflict, match="both consumed shard"):
             merge_shares({0: share, 1: share})
 
@@ -335,7 +335,7 @@ def test_a_checkpoint_has_the_data_state_and_an_empty_redis_goes_on_from_it(
     own = replace(settings, redis_url=own_valkey.url, store=str(numbers.parent / "store"))
     with uploading(own), saving(own, 3) as (job, managers):
         job.train(5)
-        told = json.loads(job.ranks[0].plane.captured())
+        told = json.loads(job.ranks[0].plane.captured(0))
         handles = job.each(lambda rank: managers[rank.session.run.rank].save_async({"step": 4}, 4, replicated=True))
         commit = handles[0].durable.result(60)
         assert [handle.durable.result(60).step for handle in handles] == [4, 4, 4]
@@ -353,6 +353,19 @@ def test_a_checkpoint_has_the_data_state_and_an_empty_redis_goes_on_from_it(
         job.ranks[0].registry.register("numbers", path=numbers, format="jsonl", shard_size=25, shuffle=True)
         job.train()
         assert once_each(seen + job.seen(), range(400))
+
+
+def test_a_step_that_is_saved_again_after_its_commit_is_the_same(settings: Settings, numbers: Path) -> None:
+    """Given a commit that lets go of what its steps consumed, when a rank saves that step once more, then its part has not changed."""
+    own = replace(settings, store=str(numbers.parent / "store"))
+    with uploading(own), saving(own, 1) as (job, (manager,)):
+        job.train(3)
+        for _ in range(2):
+            assert manager.save_async({"step": 2}, 2).durable.result(60).step == 2
+        told = job.ranks[0].plane.captured(2)
+        job.train(1)
+        assert "steps" in json.loads(told)["numbers"]
+        assert len(json.loads(job.ranks[0].plane.captured(3))["numbers"]["steps"]["rows"]) == 1
 
 
 @contextlib.contextmanager

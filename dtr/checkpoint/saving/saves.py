@@ -79,7 +79,7 @@ class Saves:
             spec=Spec(run=run.id, step=asked.step, world_size=run.world_size, store=self._url, replicated=kind, writer=WRITER),
             fence=Fence(rank=run.rank, worker=who.worker_id, incarnation=run.roster[who.worker_id].incarnation, host=who.host),
             state_id=who.state_id, settle=partial(self._first.finish, session, run.id), started_s=now_s, metrics=asked.metrics,
-            data=plane.captured(session),
+            data=plane.captured(session, asked.step),
             shares=None if patterns is None else Shares(patterns=patterns, world_size=run.world_size, rank=run.rank),
         )  # fmt: skip
         try:
