@@ -23,11 +23,11 @@ import numpy as np
 from bench import data_crowd, data_peers, server
 from bench.report import Report, parser
 from dtr.config import Settings
-from dtr.datasets.datastate import Dynamic
-from dtr.datasets.ledger import KEEP_MS, Ledger
+from dtr.datasets.consuming.datastate import Dynamic
+from dtr.datasets.consuming.ledger import KEEP_MS, Ledger
+from dtr.datasets.consuming.reports import Reports
 from dtr.datasets.plane import DataPlane, plane_of
-from dtr.datasets.registry import DatasetRegistry
-from dtr.datasets.reports import Reports
+from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.runs import World
 from dtr.session import Session
 

@@ -19,8 +19,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dtr.datasets.datastate import Dynamic
-from dtr.datasets.ledger import KEEP_MS, Leased, base_digest, taken_bits
+from dtr.datasets.consuming.datastate import Dynamic
+from dtr.datasets.consuming.ledger import KEEP_MS, Leased, base_digest, taken_bits
 from dtr.membership import Identity, join, open_state
 from dtr.placement import ShardPoints, place
 from dtr.ring import Ring

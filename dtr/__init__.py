@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtr.checkpoint.manager import CheckpointManager
-    from dtr.datasets.registry import DatasetRegistry
+    from dtr.datasets.registering.registry import DatasetRegistry
 
     __version__: str
 
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return CheckpointManager
     if name == "DatasetRegistry":
-        from dtr.datasets.registry import DatasetRegistry
+        from dtr.datasets.registering.registry import DatasetRegistry
 
         return DatasetRegistry
     if name == "__version__":

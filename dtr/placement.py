@@ -6,7 +6,7 @@ shards. So a leave moves the leaver's shards only, and a join moves exactly ``fl
 weights).
 
 The result is a pure function of (workers, shards, weights, previous placement), the same in every process. Weights come from
-:mod:`dtr.weights`, out of one reading that is made once in a run (:mod:`dtr.datasets.speed`). In steps:
+:mod:`dtr.weights`, out of one reading that is made once in a run (:mod:`dtr.datasets.registering.speed`). In steps:
 
 1. *Quotas.* Each worker's exact share, rounded down. The shards left over go one each to workers that hold more than their
    rounded share already (so they keep it), then to those that were there before, then by remainder, then in ring order.

@@ -85,9 +85,8 @@ class Job:
         """End every trainer, and begin with this many."""
         for worker in self.children:
             self.send(worker, how)
-        for child in self.children.values():
-            child.wait(60)
-        self.children.clear()
+        for worker in list(self.children):
+            self.end(worker, how)
         for n in range(size):
             self.start(f"w{n}")
 
@@ -97,6 +96,18 @@ class Job:
     def send(self, worker: str, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.children[worker].send_signal(number)
+
+    def end(self, worker: str, how: signal.Signals) -> None:
+        """Send this until the trainer has ended: a SystemExit that a handler raises is lost where Python ignores exceptions."""
+        child = self.children.pop(worker)
+
+        def ended() -> bool:
+            child.send_signal(how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(2)
+            return child.returncode is not None
+
+        eventually(ended, timeout_s=60, what=f"the end of {worker}")
 
     def tend(self) -> None:
         """Start again who was killed or taken for dead, as a launcher would; any other end of a trainer is on record."""
@@ -222,8 +233,7 @@ def _trouble(job: Job, worker: str, event: str) -> None:
         time.sleep(3 * TTL_S)
         job.send(worker, signal.SIGCONT)
     else:
-        job.send(worker, signal.SIGTERM)
-        job.children.pop(worker).wait(60)
+        job.end(worker, signal.SIGTERM)
 
 
 def _restart(job: Job, dice: random.Random, before: int) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dtr.config import Settings
-from dtr.datasets.batch import Batch
-from dtr.datasets.loader import Loader
+from dtr.datasets.loading.batch import Batch
+from dtr.datasets.loading.loader import Loader
 from dtr.datasets.plane import DataPlane, merge_shares, plane_of
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.runs import World
 from dtr.session import Session
 from dtr.state.job import JobState

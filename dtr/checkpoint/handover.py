@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from dtr.checkpoint.parts import Fence
-from dtr.datasets.keeping import keep_journal
 from dtr.datasets.plane import merge_shares
+from dtr.datasets.timemachine.keeping import keep_journal
 from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.state.keys import Keys

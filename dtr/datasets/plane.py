@@ -2,7 +2,7 @@
 
     restore      sets where the run begins: the merged data state of the checkpoint
     loader       goes on from there
-    step(batch)  consumed, as of this step; on record for the time machine (:mod:`dtr.datasets.journal`)
+    step(batch)  consumed, as of this step; on record for the time machine (:mod:`dtr.datasets.timemachine.journal`)
     save         captures this rank's own consumption; rank 0 adds where the run began; the uploader merges all ranks'
 
 A consistent cut needs no coordination beyond that of the save itself: each rank's share is what it consumed through the step that it saves.
@@ -17,17 +17,17 @@ from typing import Any, Final, cast
 
 import orjson
 
-from dtr.datasets import ranges
-from dtr.datasets.batch import Batch
-from dtr.datasets.datastate import Cursor, DataState, Dynamic, merged, parse, parse_all, shared
-from dtr.datasets.evaluation import Evaluation
-from dtr.datasets.goingon import going_on
-from dtr.datasets.journal import Account, Journal, Origin, Row, parse_account
-from dtr.datasets.loader import Loader
-from dtr.datasets.plan import Plan, Reading, planned, reading
-from dtr.datasets.registry import DatasetRegistry
-from dtr.datasets.reports import Reports
-from dtr.datasets.spec import Dataset
+from dtr.datasets.consuming import ranges
+from dtr.datasets.consuming.datastate import Cursor, DataState, Dynamic, merged, parse, parse_all, shared
+from dtr.datasets.consuming.goingon import going_on
+from dtr.datasets.consuming.reports import Reports
+from dtr.datasets.loading.batch import Batch
+from dtr.datasets.loading.evaluation import Evaluation
+from dtr.datasets.loading.loader import Loader
+from dtr.datasets.loading.plan import Plan, Reading, planned, reading
+from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.registering.spec import Dataset
+from dtr.datasets.timemachine.journal import Account, Journal, Origin, Row, parse_account
 from dtr.errors import DataConflict, DatasetNotFound, InvalidInput, LedgerUnset, StateCorrupt
 from dtr.session import Session
 

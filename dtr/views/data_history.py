@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dtr.datasets import ranges
-from dtr.datasets.batch import SampleRange, samples_of
-from dtr.datasets.history import Consumed, History, Moment
-from dtr.datasets.registry import DatasetRegistry
-from dtr.datasets.skipping import tell_skip
-from dtr.datasets.skips import checked
-from dtr.datasets.spec import Dataset
+from dtr.datasets.consuming import ranges
+from dtr.datasets.loading.batch import SampleRange, samples_of
+from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.registering.spec import Dataset
+from dtr.datasets.timemachine.history import Consumed, History, Moment
+from dtr.datasets.timemachine.skipping import tell_skip
+from dtr.datasets.timemachine.skips import checked
 from dtr.errors import InvalidInput
 from dtr.state.job import JobState
 from dtr.views.reading import reading

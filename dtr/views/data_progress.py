@@ -15,14 +15,14 @@ import orjson
 from redis.client import NEVER_DECODE
 
 from dtr.checkpoint.survey import read_manifest
-from dtr.datasets import ranges
-from dtr.datasets.datastate import DataState, Dynamic, parse
-from dtr.datasets.journal import Account, parse_account
-from dtr.datasets.ranges import Ranges
-from dtr.datasets.registry import DatasetRegistry
-from dtr.datasets.skipping import read_skips
-from dtr.datasets.skips import left_out
-from dtr.datasets.spec import Dataset
+from dtr.datasets.consuming import ranges
+from dtr.datasets.consuming.datastate import DataState, Dynamic, parse
+from dtr.datasets.consuming.ranges import Ranges
+from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.registering.spec import Dataset
+from dtr.datasets.timemachine.journal import Account, parse_account
+from dtr.datasets.timemachine.skipping import read_skips
+from dtr.datasets.timemachine.skips import left_out
 from dtr.errors import IntegrityError, InvalidInput, NotFound, StateCorrupt
 from dtr.state.job import JobState
 from dtr.views.data_show import consumed_of

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
-from dtr.datasets import ranges
-from dtr.datasets.datastate import BY_RANGES, Cursor, DataState, parse
-from dtr.datasets.history import History
-from dtr.datasets.registry import DatasetRegistry
-from dtr.datasets.skipping import read_skips
-from dtr.datasets.skips import Skips, merged_skips, parse_target
-from dtr.datasets.spec import Dataset
+from dtr.datasets.consuming import ranges
+from dtr.datasets.consuming.datastate import BY_RANGES, Cursor, DataState, parse
+from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.registering.spec import Dataset
+from dtr.datasets.timemachine.history import History
+from dtr.datasets.timemachine.skipping import read_skips
+from dtr.datasets.timemachine.skips import Skips, merged_skips, parse_target
 from dtr.errors import DatasetNotFound, NotFound
 from dtr.state.client import mask, translate
 from dtr.state.job import JobState

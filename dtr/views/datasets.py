@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.state.job import JobState
 from dtr.views.reading import reading
 

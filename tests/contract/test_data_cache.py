@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 
 from dtr.clock import SystemClock
-from dtr.datasets import cache as cache_module
-from dtr.datasets import copies as copies_module
-from dtr.datasets.cache import Cache, Draft
-from dtr.datasets.copies import Copies, Stamp, stamp_of
-from dtr.datasets.declared import declare, is_registered
-from dtr.datasets.files import find_files
 from dtr.datasets.formats import make_format
-from dtr.datasets.reading import read_shard
+from dtr.datasets.loading.reading import read_shard
+from dtr.datasets.registering.declared import declare, is_registered
+from dtr.datasets.sources import cache as cache_module
+from dtr.datasets.sources import copies as copies_module
+from dtr.datasets.sources.cache import Cache, Draft
+from dtr.datasets.sources.copies import Copies, Stamp, stamp_of
+from dtr.datasets.sources.files import find_files
 from dtr.errors import ConfigError, DatasetChanged, DatasetMismatch, DataUnavailable, FolderFull, StoreRefused, StoreUnavailable
 from dtr.store import open_store
 from tests.contract.test_dataset_sources import dataset, ids, lines
@@ -73,13 +73,13 @@ def there(folder: Path) -> list[Path]:
 
 HEAD = """
 import sys, time
-from dtr.datasets.cache import Cache
+from dtr.datasets.sources.cache import Cache
 held = Cache(folder=sys.argv[1], budget_bytes=1 << 30)"""
 
 MAKER = """
 import os, random, sys
-from dtr.datasets import cache
-from dtr.datasets.cache import Cache
+from dtr.datasets.sources import cache
+from dtr.datasets.sources.cache import Cache
 cache.BUFFER_BYTES = 10_000
 held = Cache(folder=sys.argv[1], budget_bytes=250_000)
 rng = random.Random(int(sys.argv[2]))

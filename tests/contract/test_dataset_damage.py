@@ -19,12 +19,12 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from dtr.datasets import copies as copies_module
-from dtr.datasets import listing
-from dtr.datasets.copies import Copies, Stamp, stamp_of
-from dtr.datasets.files import find_files
 from dtr.datasets.formats import Format, Span, make_format
-from dtr.datasets.listing import expand
+from dtr.datasets.sources import copies as copies_module
+from dtr.datasets.sources import listing
+from dtr.datasets.sources.copies import Copies, Stamp, stamp_of
+from dtr.datasets.sources.files import find_files
+from dtr.datasets.sources.listing import expand
 from dtr.errors import ConfigError, DatasetMismatch, DtrError, InvalidInput
 from tests.contract.test_dataset_formats import CASES, ROWS, measured
 from tests.contract.test_dataset_sources import dataset, mds_folder
@@ -251,7 +251,7 @@ def test_a_long_line_within_bounds_is_a_sample(tmp_path: Path) -> None:
 
 def limited(code: str, *, address_space: int) -> str:
     """What a process of its own prints, which may not have more than so many bytes of memory beside what its imports take."""
-    head = "import resource, numpy, pyarrow, zstandard\nimport dtr.datasets.registry\n"
+    head = "import resource, numpy, pyarrow, zstandard\nimport dtr.datasets.registering.registry\n"
     limit = f"""
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + {address_space}, resource.RLIM_INFINITY))
@@ -274,7 +274,7 @@ def test_a_bomb_fills_neither_memory_nor_disk(tmp_path: Path, how: str) -> None:
             for _ in range(40):
                 file.write(zeros)
     found = limited(f"""
-from dtr.datasets.copies import Copies, stamp_of
+from dtr.datasets.sources.copies import Copies, stamp_of
 from dtr.errors import ConfigError
 held = Copies(folder={str(tmp_path / "cache")!r}, budget_bytes={100 * MIB})
 try:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from dtr.datasets import copies as copies_module
-from dtr.datasets.copies import Copies, Stamp
-from dtr.datasets.declared import check_total, dataset_of, declare
-from dtr.datasets.files import find_files, measure_files
 from dtr.datasets.formats import make_format
-from dtr.datasets.listing import expand
-from dtr.datasets.spec import Dataset
+from dtr.datasets.registering.declared import check_total, dataset_of, declare
+from dtr.datasets.registering.spec import Dataset
+from dtr.datasets.sources import copies as copies_module
+from dtr.datasets.sources.copies import Copies, Stamp
+from dtr.datasets.sources.files import find_files, measure_files
+from dtr.datasets.sources.listing import expand
 from dtr.errors import DatasetMismatch, InvalidInput
 from dtr.store import open_store
 from tests.contract.test_dataset_formats import write_mds, write_tar

@@ -15,9 +15,9 @@ import pytest
 from dtr.config import Settings
 from dtr.datasets.formats import Measure
 from dtr.datasets.formats.jsonl import JsonLines
-from dtr.datasets.reading import read_shard
-from dtr.datasets.registry import DatasetRegistry
-from dtr.datasets.spec import Shard
+from dtr.datasets.loading.reading import read_shard
+from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.registering.spec import Shard
 from dtr.errors import CoordinatorUnavailable, DatasetChanged, DatasetMismatch, ShardUnreadable
 from dtr.state.job import JobState
 from tests.loading import loading, once_each, write_lines
@@ -36,8 +36,8 @@ HEAD = """
 import os, resource, sys
 import numpy, pyarrow
 from dtr.config import Settings
-from dtr.datasets.reading import read_shard
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.loading.reading import read_shard
+from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.errors import DataUnavailable, DtrError, ShardUnreadable
 from tests.loading import Loading
 settings = Settings.load(environ={}, redis_url=sys.argv[1], job=sys.argv[2], staging=sys.argv[3])
@@ -219,9 +219,9 @@ def test_files_that_do_not_go_together_are_told_apart(
 COUNTER = """
 import logging, os, sys, time
 from pathlib import Path
-from dtr.datasets import counting
+from dtr.datasets.registering import counting
 from dtr.datasets.formats.jsonl import JsonLines
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
 counting._LEASE_S = 1.0
 log, hold = sys.argv[4], sys.argv[5] == "hold"
 plain = JsonLines.measure
@@ -287,7 +287,7 @@ def test_what_was_counted_when_redis_was_away_is_not_counted_again(
 def test_a_terminal_shows_how_far_the_count_is(valkey: RedisServer, job: str, tmp_path: Path) -> None:
     """Given a terminal, when several files are counted, then a bar says of how many; without one nothing is drawn."""
     folder = write_lines(tmp_path / "data", 100, files=12)
-    code = "import sys; from dtr import *; from dtr.datasets.registry import DatasetRegistry\n"
+    code = "import sys; from dtr import *; from dtr.datasets.registering.registry import DatasetRegistry\n"
     code += "DatasetRegistry(sys.argv[1], job=sys.argv[2]).register('numbers', path=sys.argv[3], format='jsonl', shard_size=10)"
     command = [sys.executable, "-c", code, valkey.url, job, str(folder)]
     ours, theirs = pty.openpty()

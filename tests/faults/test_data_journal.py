@@ -19,10 +19,10 @@ import redis
 
 from dtr.cli import main
 from dtr.config import Settings
-from dtr.datasets.history import History
-from dtr.datasets.journal import journal_key
 from dtr.datasets.plane import plane_of
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.timemachine.history import History
+from dtr.datasets.timemachine.journal import journal_key
 from dtr.errors import StepUnknown
 from dtr.state.job import JobState
 from dtr.store import Store, open_store

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from dtr.config import Settings
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.errors import DtrError, RosterChanged, StateLost
 from dtr.state import scripts
 from dtr.state.scripts import load

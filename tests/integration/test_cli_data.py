@@ -18,8 +18,8 @@ import redis
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.cli import main
 from dtr.config import Settings
-from dtr.datasets.history import history_of
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.timemachine.history import history_of
 from dtr.errors import CoordinatorUnavailable, InvalidInput, StepUnknown
 from tests.loading import Loading, loading, once_each, write_lines
 from tests.servers import RedisServer

@@ -19,8 +19,8 @@ import redis
 
 from dtr.config import Settings
 from dtr.datasets import DatasetRegistry, DatasetSpec
-from dtr.datasets.assignment import Assignment
-from dtr.datasets.shuffle import epoch_order
+from dtr.datasets.loading.shuffle import epoch_order
+from dtr.datasets.registering.assignment import Assignment
 from dtr.errors import (
     CoordinatorUnavailable,
     DatasetMismatch,
@@ -78,7 +78,7 @@ class TestRegistering:
         """Same version, nothing written; also for a process that starts later and must look it up."""
         first = register(registry, folder)
         events = raw.xlen(Keys(job).events)
-        monkeypatch.setattr("dtr.datasets.registry.measure_files", None)
+        monkeypatch.setattr("dtr.datasets.registering.registry.measure_files", None)
         assert register(registry, folder) == first
         assert register(DatasetRegistry(registry._url, job=job), folder, total_samples=25) == first
         assert raw.xlen(Keys(job).events) == events

@@ -20,10 +20,10 @@ from dtr.checkpoint.keeping.rebuild import rebuild
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.survey import read_manifest
 from dtr.config import Settings
-from dtr.datasets.cut import cut_at
-from dtr.datasets.datastate import Dynamic
+from dtr.datasets.consuming.cut import cut_at
+from dtr.datasets.consuming.datastate import Dynamic
 from dtr.datasets.plane import merge_shares
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.errors import DataConflict, DatasetMismatch, ForkedProcess, InvalidInput, LedgerUnset, RosterChanged
 from dtr.state.job import JobState
 from dtr.state.scripts import load

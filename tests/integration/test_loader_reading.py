@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dtr.config import Settings
-from dtr.datasets.batch import Batch, Order
+from dtr.datasets.loading.batch import Batch, Order
 from dtr.errors import DataConflict, DatasetMismatch, DataUnavailable, ForkedProcess, InvalidInput
 from tests.loading import LoadingRank, loading, once_each, registered
 from tests.waiting import eventually

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dtr.config import Settings
-from dtr.datasets import ranges
-from dtr.datasets.evaluation import Evaluation
+from dtr.datasets.consuming import ranges
+from dtr.datasets.loading.evaluation import Evaluation
 from dtr.errors import InvalidInput, RosterChanged, ShardUnreadable
 from tests.loading import LoadingRank, damage, loading, once_each, registered, write_lines
 from tests.waiting import eventually

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dtr.config import Settings
-from dtr.datasets.tensors import as_tensors
+from dtr.datasets.loading.tensors import as_tensors
 from dtr.errors import DatasetMismatch
 from tests.loading import LoadingRank, loading, once_each, registered
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dtr.datasets.ledger import KEEP_MS
-from dtr.datasets.reports import Reports
+from dtr.datasets.consuming.ledger import KEEP_MS
+from dtr.datasets.consuming.reports import Reports
 from dtr.state.job import JobState
 from tests.lua.test_ledger_scripts import fields, opened
 from tests.proxy import Proxy

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import redis
 
-from dtr.datasets.registry import DatasetRegistry
+from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.placement import parse_ranges
 from dtr.state.keys import Keys
 from dtr.weights import from_fields, is_field

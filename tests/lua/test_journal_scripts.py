@@ -5,8 +5,8 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from dtr.datasets.skipping import read_skips
-from dtr.datasets.skips import Skip
+from dtr.datasets.timemachine.skipping import read_skips
+from dtr.datasets.timemachine.skips import Skip
 from dtr.errors import RosterChanged, StateCorrupt
 from dtr.membership import Identity
 from dtr.runs import Run

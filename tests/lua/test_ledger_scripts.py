@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dtr.datasets.datastate import Dynamic
-from dtr.datasets.ledger import KEEP_MS, Leased, base_digest, taken_bits
+from dtr.datasets.consuming.datastate import Dynamic
+from dtr.datasets.consuming.ledger import KEEP_MS, Leased, base_digest, taken_bits
 from dtr.errors import DataConflict, LedgerUnset, RosterChanged, StaleIncarnation, StateLost
 from dtr.membership import Identity
 from dtr.runs import Run, read_run

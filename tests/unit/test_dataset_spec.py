@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtr.datasets.declared import check_total, dataset_of, declare, is_registered
-from dtr.datasets.files import find_files, measure_files
 from dtr.datasets.formats import Measure, make_format
-from dtr.datasets.spec import Dataset, DatasetSpec, FileFacts
+from dtr.datasets.registering.declared import check_total, dataset_of, declare, is_registered
+from dtr.datasets.registering.spec import Dataset, DatasetSpec, FileFacts
+from dtr.datasets.sources.files import find_files, measure_files
 from dtr.errors import DatasetMismatch, InvalidInput, StateCorrupt
 from dtr.placement import MAX_SHARDS
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr.datasets import ranges
-from dtr.datasets.cut import agreed_batch, cut_at
-from dtr.datasets.datastate import Cursor, Dynamic, merged, parse, shared
+from dtr.datasets.consuming import ranges
+from dtr.datasets.consuming.cut import agreed_batch, cut_at
+from dtr.datasets.consuming.datastate import Cursor, Dynamic, merged, parse, shared
 from dtr.errors import DataConflict, StateCorrupt
 
 SIZE = 10  # samples in a shard

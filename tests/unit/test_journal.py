@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr.datasets.batch import Batch
-from dtr.datasets.datastate import Cursor, Dynamic
-from dtr.datasets.journal import Account, Journal, Origin, Row, decode, encode, merged_accounts, parse_account
+from dtr.datasets.consuming.datastate import Cursor, Dynamic
+from dtr.datasets.loading.batch import Batch
+from dtr.datasets.timemachine.journal import Account, Journal, Origin, Row, decode, encode, merged_accounts, parse_account
 from dtr.errors import InvalidInput, StateCorrupt
 
 DYNAMIC = Origin(version=1, digest="d", mode="dynamic")

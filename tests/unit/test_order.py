@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr.datasets.order import EpochOrder, permuted, share
+from dtr.datasets.loading.order import EpochOrder, permuted, share
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))

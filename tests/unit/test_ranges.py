@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr.datasets import ranges
+from dtr.datasets.consuming import ranges
 from dtr.errors import InvalidInput
 
 pairs = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=8)

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dtr.datasets.shuffle import epoch_order
+from dtr.datasets.loading.shuffle import epoch_order
 from dtr.errors import InvalidInput
 
 MASK = 2**64 - 1

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dtr.datasets import described
 from dtr.datasets.formats import make_format
-from dtr.datasets.skips import Skip, checked, left_out, merged_skips, parse_skips, parse_target
-from dtr.datasets.spec import Dataset, DatasetSpec, FileFacts, digest_of
+from dtr.datasets.registering import described
+from dtr.datasets.registering.spec import Dataset, DatasetSpec, FileFacts, digest_of
+from dtr.datasets.timemachine.skips import Skip, checked, left_out, merged_skips, parse_skips, parse_target
 from dtr.errors import InvalidInput, StateCorrupt
 
 FILES = (FileFacts(file="a:b.npy", samples=25, size_bytes=100, mtime_ns=1), FileFacts(file="c.npy", samples=7, size_bytes=50, mtime_ns=2))

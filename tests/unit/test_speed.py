@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtr.datasets.speed import WINDOW, Speed
+from dtr.datasets.registering.speed import WINDOW, Speed
 
 
 def consumed(speed: Speed, batches: int, *, every_s: float, start_s: float = 0.0, samples: int = 10, epoch: int = 0) -> float:

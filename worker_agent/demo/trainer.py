@@ -21,7 +21,7 @@ import numpy as np
 
 from dtr.checkpoint.saving.handle import Commit, SaveHandle
 from dtr.config import LauncherEnvironment
-from dtr.datasets.batch import Batch
+from dtr.datasets.loading.batch import Batch
 from dtr.errors import BarrierBroken, CheckpointError, RosterChanged
 from dtr.runs import Run
 from worker_agent import Agent

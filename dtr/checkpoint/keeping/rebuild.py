@@ -27,7 +27,7 @@ from dtr.checkpoint.survey import (
     retiring_key,
     survey,
 )
-from dtr.datasets.keeping import refill
+from dtr.datasets.timemachine.keeping import refill
 from dtr.errors import IntegrityError, NotFound, StateLost
 from dtr.runs import run_number
 from dtr.state.client import translate
