@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 RECOVER_LEASE_S = 10.0
+TOLD_AFTER_S = 1.0  # a rebuild that takes longer is worth a line
 REAP_LIMIT = 8  # keeps the script short; the next beat goes on
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def open_state(
     Returns the state id.
     """
     proposed, who = secrets.token_hex(8), secrets.token_hex(8)
-    deadline, waiting = clock.monotonic() + timeout_s, False
+    began_s, told = clock.monotonic(), False
     keys = state.keys
 
     def look() -> tuple[str, str, str]:
@@ -114,10 +115,11 @@ def open_state(
             with translate(state.url):
                 state.redis.zadd(JOBS, {state.job: state.server_now_ms()})
             return state_id
-        if not waiting:
-            waiting = True
+        waited_s = clock.monotonic() - began_s
+        if waited_s > TOLD_AFTER_S and not told:
+            told = True
             log.warning("job %s: another process rebuilds the state from the store; waiting for it (up to %g s)", state.job, timeout_s)
-        if clock.monotonic() > deadline:
+        if waited_s > timeout_s:
             raise CoordinatorUnavailable(
                 f"job {state.job}: another process has been rebuilding the state for {timeout_s:g} s; look at its log, or run `dtr rebuild`"
             )

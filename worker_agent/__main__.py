@@ -56,6 +56,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", metavar="URL", help="the coordinator; without one, a local server is started if none is there")
     parser.add_argument("--job", metavar="JOB", help="'name' or 'tenant/name'")
     parser.add_argument("--staging", metavar="DIR", help="folder for staged checkpoints")
+    parser.add_argument("--store", metavar="URL", help="where checkpoints go")
     parser.add_argument("--no-uploader", action="store_true", help="start no uploader, even if this host has none")
     parser.add_argument("-q", "--no-prefix", action="store_true", help="do not begin each line of output with [rank]")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD...", help="the program of one trainer")
@@ -81,7 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         stall_kills=args.stall_action == "kill",
         prefix=not args.no_prefix,
     )
-    given = Given(redis_url=args.url, job=args.job, staging=args.staging, uploader=not args.no_uploader)
+    given = Given(redis_url=args.url, job=args.job, staging=args.staging, store=args.store, uploader=not args.no_uploader)
     return launch(what, given, os.environ)
 
 

@@ -123,10 +123,10 @@ def test_dtr_run_is_the_launcher(valkey: RedisServer, job: str, tmp_path: Path) 
     env = {**os.environ, "PYTHONPATH": str(ROOT), "DTR_STAGING": str(tmp_path / "staging")}
     script = "import sys; sys.path.remove(''); from dtr.cli import main; sys.exit(main())"
     # Rank 1 fails, which ends rank 0: not before that has spoken.
-    command = "[ $RANK = 0 ] || until [ -e spoken ]; do sleep 0.1; done; echo $DTR_JOB $RANK; touch spoken; exit $RANK"
-    options = ["run", "-n", "2", "--no-uploader", "--url", valkey.url, "--job", job, "--", "sh", "-c", command]
+    command = "[ $RANK = 0 ] || until [ -e spoken ]; do sleep 0.1; done; echo $DTR_JOB $RANK $DTR_STORE; touch spoken; exit $RANK"
+    options = ["run", "-n", "2", "--no-uploader", "--url", valkey.url, "--job", job, "--store", "/there", "--", "sh", "-c", command]
     found = subprocess.run([sys.executable, "-c", script, *options], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert sorted(found.stdout.splitlines()) == [f"[0] {job} 0", f"[1] {job} 1"]
+    assert sorted(found.stdout.splitlines()) == [f"[0] {job} 0 /there", f"[1] {job} 1 /there"]
     assert found.returncode == 1
     assert "rank 1" in found.stderr
     assert "ended with exit status 1" in found.stderr
@@ -146,6 +146,7 @@ def test_dtr_run_is_the_launcher(valkey: RedisServer, job: str, tmp_path: Path) 
         (["--url", "redis://127.0.0.1:1/0", "--", "true"], 4, "cannot be reached, and none is started in its place: it was named by --url"),
         (["--url", "http://127.0.0.1/", "--", "true"], 3, "unknown scheme"),
         (["--job", "a b", "--", "true"], 3, "job must be"),
+        (["--store", "ftp://there", "--", "true"], 3, "store"),
         (["-n", "2", "--min", "3", "--", "true"], 3, "min must be"),
         (["-n", "x", "--", "true"], 2, "-n/--nproc"),
     ],

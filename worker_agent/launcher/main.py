@@ -10,6 +10,7 @@ from typing import Final
 
 from dtr.checkpoint.staging.reclaim import reclaim
 from dtr.config import Settings, default_home
+from dtr.store import open_store
 from worker_agent.launcher.claim import claimed
 from worker_agent.launcher.ground import finish_uploads, standing
 from worker_agent.launcher.loop import run_trainers
@@ -29,6 +30,7 @@ class Given:
     redis_url: str | None = None
     job: str | None = None
     staging: str | None = None
+    store: str | None = None
     uploader: bool = True
 
 
@@ -37,13 +39,16 @@ def launch(what: Launch, given: Given, environ: Mapping[str, str]) -> int:
 
     Args:
         what: is to be started.
-        given: server, job and staging folder.
+        given: server, job, staging folder and store.
         environ: of the launcher: where settings come from that were not given, and what trainers inherit.
 
     Raises:
         CommandNotFound: before anything was started.
         ConfigError, Unavailable: what the launch stands on is wrong or missing; no trainer was started.
     """
+    if given.store is not None:
+        open_store(given.store)  # what is wrong with it is said once, and not by each trainer
+        environ = {**environ, "DTR_STORE": given.store}
     settings = Settings.load(environ=environ, redis_url=given.redis_url, job=given.job, staging=given.staging)
     find_command(what.command, environ)
     check_descriptors(what, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
