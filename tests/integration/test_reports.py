@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from dtr.datasets.consuming import reports
 from dtr.datasets.consuming.ledger import KEEP_MS
 from dtr.datasets.consuming.reports import Reports
 from dtr.state.job import JobState
@@ -42,6 +43,9 @@ class Teller:
         ]
         self.reports.send("ledger_report", [self.state.keys.roster, keys.ledger, keys.done], [*args, KEEP_MS])
 
+    def answered(self) -> None:
+        assert self.reports.flush(30)
+
     def told(self) -> set[str]:
         return {field for field in fields(self.state, self.run) if field.startswith("out/")}
 
@@ -63,7 +67,7 @@ def test_reports_arrive_without_a_wait(teller: Teller) -> None:
     teller.reports.connect()
     for number in range(500):
         teller.tell(number)
-    assert teller.reports.flush(20)
+    teller.answered()
     assert teller.told() == {"out/0/498", "out/0/499"}
     assert teller.reports.refused == ""
 
@@ -72,13 +76,14 @@ def test_what_was_sent_before_a_connection_or_without_an_answer_is_sent_again(te
     """Given reports before the first connection, and a connection that breaks, when there is another, then all have arrived."""
     teller.tell(0)
     teller.reports.connect()
-    assert teller.reports.flush(20)
+    teller.answered()
     teller.proxy.set_mode("blackhole")
     for number in (1, 2, 3):
         teller.tell(number)
     teller.reports.close()
     teller.proxy.set_mode("pass")
-    assert teller.reports.flush(20)
+    teller.reports.connect()
+    teller.answered()
     assert teller.told() == {"out/0/2", "out/0/3"}
 
 
@@ -86,7 +91,7 @@ def test_a_server_that_does_not_answer_costs_the_sender_nothing(teller: Teller) 
     """Given a path that swallows everything, when a thousand reports are sent, then that takes no longer than writing them down."""
     teller.reports.connect()
     teller.tell(0)
-    assert teller.reports.flush(20)
+    teller.answered()
     teller.proxy.set_mode("blackhole")
     started = time.monotonic()
     for number in range(1, 1000):
@@ -98,7 +103,26 @@ def test_a_server_that_forgot_the_script_is_taught_it_again(teller: Teller) -> N
     """Given SCRIPT FLUSH, when reports go on, then they arrive."""
     teller.reports.connect()
     teller.tell(0)
-    assert teller.reports.flush(20)
+    teller.answered()
     teller.state.redis.script_flush()
     teller.tell(1)
-    eventually(lambda: teller.reports.flush(1) and teller.told() == {"out/0/0", "out/0/1"}, timeout_s=30, what="the report")
+    eventually(lambda: teller.told() == {"out/0/0", "out/0/1"}, timeout_s=30, what="the report")
+
+
+@pytest.mark.parametrize("trouble", ["refuse", "blackhole", "half_open"])
+def test_the_last_report_arrives_though_its_sender_says_nothing_more(
+    teller: Teller, monkeypatch: pytest.MonkeyPatch, trouble: Literal["refuse", "blackhole", "half_open"]
+) -> None:
+    """Given a report on a connection that was lost, when its sender waits for the others, who wait for it, then it arrives all the same."""
+    monkeypatch.setattr(reports, "SILENT_LOOKS", 2)
+    teller.reports.connect()
+    teller.tell(0)
+    teller.answered()
+    if trouble == "half_open":
+        teller.proxy.half_open()
+    else:
+        teller.proxy.set_mode(trouble)
+    teller.tell(1)
+    teller.proxy.set_mode("pass")
+    eventually(lambda: teller.told() == {"out/0/0", "out/0/1"}, timeout_s=30, what="the report")
+    teller.answered()

@@ -2,7 +2,8 @@
 
 Guarantees: `send` takes microseconds, opens no connection and never blocks, however slow the server is; what was sent before the process
 is killed is Redis's (the kernel delivers it); reports arrive in order; those whose answer was never read are sent again over the next
-connection, which harms nothing, since a report says what is so and not what to add.
+connection, which harms nothing, since a report says what is so and not what to add. A thread looks a few times a second whether an answer
+is missing, and connects anew: the other ranks may wait for a report while its sender waits for them, and sends nothing more.
 
 So what a rank has handed out, and its data state of a step that it saves, outlive it from that moment on.
 """
@@ -29,12 +30,13 @@ __all__ = ["Reports"]
 log = logging.getLogger(__name__)
 
 MOST_UNANSWERED: Final = 1000  # older ones are forgotten: what they said is part of later ones, or is said again by other ways
-RECONNECT_S: Final = 1.0
+LOOK_S: Final = 0.25
+SILENT_LOOKS: Final = 20  # after which a connection without an answer is taken for lost
 SCRIPTS: Final = ("ledger_report", "ckpt_data", "journal_note", "speed_note", "ledger_quarantine")
 
 
 class Reports:
-    """One process's reports. `send` and `connect` may be called by different threads.
+    """One process's reports, for any thread.
 
     Args:
         url: of Redis.
@@ -43,36 +45,25 @@ class Reports:
 
     def __init__(self, url: str, name: str) -> None:
         self._pool = connect_blocking(url, name=name, block_s=1).connection_pool
-        self._mutex = threading.Lock()
+        self._mutex, self._connecting = threading.Lock(), threading.Lock()
+        self._over: threading.Event | None = None  # of the thread that looks after the connection
         self._connection: Any = None
         self._socket: Any = None
         self._reader: Any = None
         self._unanswered: deque[tuple[Any, ...]] = deque(maxlen=MOST_UNANSWERED)
-        self._unsent = b""
-        self._retry_at_s = 0.0
+        self._unsent, self._answers = b"", 0
         self._pid = os.getpid()
         self.refused = ""  # the newest refusal, for whoever wonders why people see no progress
 
     def connect(self) -> None:
-        """Open the connection if there is none, for the thread that reads ahead: this may take as long as Redis does. Raises nothing."""
-        if self._connection is not None or time.monotonic() < self._retry_at_s:
-            return
-        try:
-            connection = self._pool.connection_class(**self._pool.connection_kwargs)
-            connection.connect()
-            for script in SCRIPTS:
-                connection.send_command("SCRIPT", "LOAD", load(script).text)
-                connection.read_response()
-        except (rx.RedisError, OSError) as exc:
-            log.debug("reports wait for Redis: %s", exc)
-            self._retry_at_s = time.monotonic() + RECONNECT_S
-            return
-        with self._mutex:
-            self._socket = connection._sock  # noqa: SLF001 - redis-py has no public name for it
-            self._socket.setblocking(False)
-            self._reader, self._connection = Reader(encoding="utf-8", errors="surrogateescape"), connection
-            self._unsent = b"".join(map(_packed, self._unanswered))
-            self._try_exchange()
+        """Open the connection, for the thread that reads ahead: this may take as long as Redis does. Raises nothing.
+
+        From now on there is a thread that opens it again when it is lost.
+        """
+        if self._over is None:
+            self._over = threading.Event()
+            threading.Thread(target=self._look_after, args=(self._over,), name="dtr-reports", daemon=True).start()
+        self._connect()
 
     def send(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> None:
         """Send one report behind those that wait; raises nothing: a server that is away gets it later."""
@@ -83,10 +74,9 @@ class Reports:
                 self._try_exchange()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all were answered, for whoever leaves; False if time ran out."""
+        """Wait until all were answered; False if time ran out."""
         deadline = time.monotonic() + timeout_s
         while self._unanswered and time.monotonic() < deadline:
-            self.connect()
             with self._mutex:
                 self._try_exchange()
             time.sleep(0.001)
@@ -94,8 +84,47 @@ class Reports:
 
     def close(self) -> None:
         """Close the connection; what was not answered is sent again if another one is opened."""
+        if self._over is not None:
+            self._over.set()
+            self._over = None
         with self._mutex:
             self._drop()
+
+    # --- the connection ---------------------------------------------------------------------------------------------
+
+    def _look_after(self, over: threading.Event) -> None:
+        silent, before = 0, self._answers
+        while not over.wait(LOOK_S):
+            if not self._unanswered:
+                continue
+            with self._mutex:
+                self._try_exchange()
+                silent, before = silent + 1 if self._answers == before else 0, self._answers
+                if silent >= SILENT_LOOKS:
+                    silent = 0
+                    self._drop()
+            if not over.is_set():
+                self._connect()
+
+    def _connect(self) -> None:
+        with self._connecting:
+            if self._connection is not None:
+                return
+            try:
+                connection = self._pool.connection_class(**self._pool.connection_kwargs)
+                connection.connect()
+                for script in SCRIPTS:
+                    connection.send_command("SCRIPT", "LOAD", load(script).text)
+                    connection.read_response()
+            except (rx.RedisError, OSError) as exc:
+                log.debug("reports wait for Redis: %s", exc)
+                return
+            with self._mutex:
+                self._socket = connection._sock  # noqa: SLF001 - redis-py has no public name for it
+                self._socket.setblocking(False)
+                self._reader, self._connection = Reader(encoding="utf-8", errors="surrogateescape"), connection
+                self._unsent = b"".join(map(_packed, self._unanswered))
+                self._try_exchange()
 
     def _drop(self) -> None:
         connection, self._connection, self._unsent = self._connection, None, b""
@@ -109,7 +138,6 @@ class Reports:
         except (rx.RedisError, OSError, UnicodeError) as exc:
             log.debug("reports wait for Redis: %s", exc)
             self._drop()
-            self._retry_at_s = time.monotonic() + RECONNECT_S
 
     def _exchange(self) -> None:
         """Hand the kernel what it takes, and read what has come."""
@@ -128,6 +156,7 @@ class Reports:
     def _answered(self, answer: Any) -> None:
         if isinstance(answer, ReplyError) and str(answer).startswith("NOSCRIPT"):
             raise rx.NoScriptError(str(answer))  # Redis forgot the script: a new connection loads it, and what waits is sent again
+        self._answers += 1
         if self._unanswered:
             self._unanswered.popleft()
         if isinstance(answer, ReplyError) and str(answer) != self.refused:

@@ -194,16 +194,14 @@ class Loader:
             yield from map(self._reader, orders)
 
     def _connected(self) -> Generator[Order]:
-        """The reading thread also sees to the connection of the reports, which the trainer must not wait for."""
+        """The reading thread opens the connection of the reports, which the trainer must not wait for."""
         base, around = self.base, self._around
         if isinstance(base, Cursor):
             orders = deterministic_orders(self.plan, base, around)
         else:
             orders = dynamic_orders(self.plan, base, around, self._lanes)
         self._reports.connect()
-        for order in orders:
-            self._reports.connect()
-            yield order
+        yield from orders
 
     def _probe(self, shard: int) -> str:
         """Where this thread reads as well, a shard is read as soon as it is leased, so that a bad one is found before it counts."""
