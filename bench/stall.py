@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     url, folder / f"loop{suffix}", half, loop, options.pairs, options.window_s
                 )
         peer = {} if options.no_peers else stall_peers.stalls_ms(large, folder)
-        for suffix, loop in stall_loop.LOOPS.items():
+        for suffix in stall_loop.LOOPS:
             if options.no_caps or ratios[f"loop_slowdown{suffix}"] < stall_loop.BOUND:
                 continue
-            found = stall_loop.cap_for(url, folder, loop, min(options.pairs, 3), options.window_s, seed=options.seed)
+            found = stall_loop.cap_for(url, folder, suffix, min(options.pairs, 3), options.window_s, seed=options.seed)
             figures[f"cap_mbps{suffix}"], figures[f"slowdown_at_cap{suffix}"] = found
     params = {"mib": options.mib, "pairs": options.pairs, "tiny": options.tiny, "threads": COPY_THREADS, "seed": options.seed}
     Report(name="stall", params=params, figures=figures, limit=limit, peer=peer, ratios=ratios).emit(as_json=options.json)

@@ -96,8 +96,8 @@ def slowdown(url: str, folder: Path, state: dict[str, Any], loop: Loop, pairs: i
     return statistics.median(found)
 
 
-def cap_for(url: str, folder: Path, loop: Loop, pairs: int, window_s: float, *, seed: int) -> tuple[float, float]:
-    """The largest cap in MB/s, of CAPS_MBPS, at which the loop is less than 5 % slower, and by how much it is; the smallest if none.
+def cap_for(url: str, folder: Path, suffix: str, pairs: int, window_s: float, *, seed: int) -> tuple[float, float]:
+    """The largest cap in MB/s, of CAPS_MBPS, at which that loop is less than 5 % slower, and by how much it is; the smallest if none.
 
     A smaller cap is taken to slow the loop less, so that the search halves what is left instead of trying each.
     """
@@ -108,7 +108,7 @@ def cap_for(url: str, folder: Path, loop: Loop, pairs: int, window_s: float, *, 
         cap = CAPS_MBPS[middle]
         state = {"w": np.random.default_rng(seed).random(int(cap * CAPPED_S * 1e6) // 8)}
         with uploaders.worker(url, folder, DTR_UPLOAD_MBPS=str(cap)):
-            slower_by[cap] = slowdown(url, folder / f"cap{cap}", state, loop, pairs, window_s)
+            slower_by[cap] = slowdown(url, folder / f"cap{cap}{suffix}", state, LOOPS[suffix], pairs, window_s)
         low, high = (low, middle - 1) if slower_by[cap] < BOUND else (middle + 1, high)
     kept = [cap for cap, by in slower_by.items() if by < BOUND]
     best = max(kept) if kept else min(slower_by)

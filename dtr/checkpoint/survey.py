@@ -95,7 +95,7 @@ def survey(store: Store) -> Holdings:
 
 def read_manifest(store: Store, run: str, step: int) -> Manifest:
     """The decision about a checkpoint, checked; raises NotFound or ManifestInvalid."""
-    manifest = Manifest.parse(store.get(manifest_key(run, step)))
+    manifest = _parsed(store, manifest_key(run, step), Manifest.parse)
     if (manifest.run, manifest.step) != (run, step):
         raise ManifestInvalid(f"{manifest_key(run, step)} is about run {manifest.run} step {manifest.step}")
     return manifest
@@ -103,10 +103,18 @@ def read_manifest(store: Store, run: str, step: int) -> Manifest:
 
 def read_record(store: Store, run: str) -> RunRecord:
     """The record of a run, checked; raises NotFound or ManifestInvalid."""
-    record = RunRecord.parse(store.get(record_key(run)))
+    record = _parsed(store, record_key(run), RunRecord.parse)
     if record.run != run:
         raise ManifestInvalid(f"{record_key(run)} is about run {record.run}")
     return record
+
+
+def _parsed(store: Store, key: str, parse: Callable[[bytes], Out]) -> Out:
+    content = store.get(key)
+    try:
+        return parse(content)
+    except ManifestInvalid as exc:  # a person has to find it
+        raise ManifestInvalid(f"{key}: {exc.message}", **exc.facts) from exc
 
 
 def records(store: Store, holdings: Holdings) -> dict[str, RunRecord]:

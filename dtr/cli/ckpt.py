@@ -28,6 +28,11 @@ __all__ = ["ckpt", "progress", "show_list"]
 
 _DAMAGED: Final = 5
 _STYLES: Final = {"COMMITTED": "green", "ABORTED": "red", "ABORTING": "red", "DAMAGED": "bold red", "ABANDONED": "dim", "RETIRED": "dim"}
+_KINDS: Final = {
+    "all": "replicated, fits any world size",
+    "some": "replicated in part, the rest needs world size {0}",
+}
+_TELLING: Final = {"COMMITTED", "ABANDONED", "RETIRED"}  # their manifests say what the run continues
 _ROWS: Final = (
     Column(title="run"),
     Column(title="step", right=True),
@@ -142,12 +147,13 @@ def _human_one(screen: Screen, found: OneView) -> None:
     latest = ", the latest commit" if one.latest else ""
     screen.fact("checkpoint", f"{name_of(one.run, one.step)} of job {found.job}{latest}")
     screen.fact("is", one.state.lower() + (f": {one.reason}" if one.reason else ""), _STYLES.get(one.state, "yellow"))
-    kind = "replicated, fits any world size" if one.replicated == "all" else f"sharded, world size {one.world_size}"
+    kind = _KINDS.get(one.replicated, "sharded, world size {0}").format(one.world_size)
     amount = "" if one.size_bytes is None else f", {size(one.size_bytes)}"
     screen.fact("holds", f"{one.done} of {count_of(one.expected, 'part')}{amount}; {kind}")
     if one.at_ms is not None:
         screen.fact("begun", moment(one.at_ms))
-    screen.fact("continues", found.parent or "nothing")
+    if found.parent or one.state in _TELLING:
+        screen.fact("continues", found.parent or "nothing")
     if one.metrics:
         screen.fact(
             "metrics", ", ".join(f"{name} {'not finite' if value is None else f'{value:.6g}'}" for name, value in one.metrics.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Final
 
 import rich_click as click
@@ -29,6 +30,7 @@ _TENSORS: Final = (
     Column(title="", spare=3),
 )
 _SHOWN: Final = 200
+_NAME: Final = re.compile(r"latest|(?:[^/]+/)?\d+")
 
 
 @click.command(short_help="Which tensors of two checkpoints differ, and by how much.")
@@ -43,6 +45,9 @@ def diff(ctx: click.Context, url: str | None, job: str | None, as_json: bool, st
 
     Bits are compared first; where they differ, the numbers are: the largest absolute and relative difference, and how many elements.
     """
+    for word in (a, b):
+        if not view.is_folder(word) and _NAME.fullmatch(word) is None:
+            raise click.UsageError(f"expected RUN/STEP, STEP, latest or a folder that `export` wrote; there is no folder {word!r}.", ctx)
     with contextlib.ExitStack() as stack:
         opened: list[Sources] = []
 

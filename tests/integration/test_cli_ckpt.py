@@ -134,6 +134,8 @@ def test_rebuild_fills_an_emptied_redis(stored, dtr, raw):
     assert raw.hget(f"dtr:{{{stored.settings.job}}}:meta", "latest") == f"{stored.run}/20"
     dtr("rebuild", code=3)
     assert "store is not set" in dtr.err
+    dtr("ckpt", "gc", code=1, with_store=True)
+    assert "no run of this job has begun since Redis was filled" in dtr.err
 
 
 def test_rebuild_from_a_store_that_holds_nothing_of_the_job_changes_nothing(stored, dtr, raw, tmp_path):
@@ -175,6 +177,17 @@ def test_show_says_what_a_checkpoint_under_way_waits_for(stored, dtr):
     out = dtr("ckpt", "show", stored.run, "30")
     assert "1 of 2 parts" in out
     assert "waits for an" in out
+    assert "continues" not in out, "no manifest tells it yet"
+
+
+def test_show_says_what_fits_another_number_of_ranks(stored, dtr):
+    """Sharded, or replicated in part: then only the rest needs as many ranks as saved it."""
+    assert "sharded, world size 2" in dtr("ckpt", "show", stored.run, "20")
+    for rank, manager in enumerate(stored.managers):
+        manager.save_async({"weights": np.arange(1000.0), "own": np.full(3, rank)}, 40, replicated="weights")
+    eventually(lambda: 40 in {step for step, *_ in listed(dtr("ckpt", "ls", "--json"))}, what="the save of step 40 in Redis")
+    out = dtr("ckpt", "show", stored.run, "40")
+    assert "replicated in part, the rest needs world size 2" in " ".join(out.split())
 
 
 def test_show_works_from_the_store_while_redis_is_down(stored, dtr):
@@ -219,8 +232,8 @@ def test_verify_finds_every_damage(stored, dtr, damage):
     assert dtr.err == f"dtr: 1 of 2 checkpoints damaged: {stored.run}/10\n"
     out = dtr("ckpt", "verify", stored.run, "10", code=5)
     assert "damaged" in out
-    if damage != "manifest":
-        assert f"part-{1:05d}" in "".join(out.split())
+    named = f"part-{1:05d}" if damage != "manifest" else f"runs/{stored.run}/{10:012d}/manifest.json: the manifest is"
+    assert "".join(named.split()) in "".join(out.split())
 
 
 @pytest.mark.parametrize(

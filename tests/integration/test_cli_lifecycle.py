@@ -157,6 +157,8 @@ def test_rm_is_soft_and_refuses_what_must_stay(history: History, dtr: Dtr) -> No
         (["export", "0001-none/3", "x"], 1, "no decision"),
         (["import", "/nonexistent"], 3, "holds no checkpoint.json"),
         (["diff", "latest", "0001-none/3"], 1, "no decision"),
+        (["diff", "latest", "/nonexistent"], 2, "no folder '/nonexistent'"),
+        (["diff", "0001-none", "latest"], 2, "RUN/STEP"),
     ],
 )
 def test_wrong_input(history: History, dtr: Dtr, args: list[str], code: int, says: str) -> None:

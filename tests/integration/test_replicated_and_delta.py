@@ -85,7 +85,8 @@ class TestReplicated:
             handles = job.each(lambda rank: rank.manager.save_async({"m": np.zeros(100 + rank.rank)}, 1, replicated="m"))
             errors = [handle.durable.exception(WITHIN_S) for handle in handles]
             assert {type(error) for error in errors} == {CheckpointAborted, CheckpointConflict}
-            assert all("begun with replicated" in str(error) for error in errors)
+            assert all("begun with replicated tensors of other names, shapes or dtypes" in str(error) for error in errors)
+            assert all("must be alike on all ranks" in str(error) for error in errors)
             assert job.ranks[0].manager.latest() is None
 
     def test_wrong_arguments(self, settings: Settings, store: Path, uploads: Uploads) -> None:

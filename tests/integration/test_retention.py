@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dtr.checkpoint.keeping import pins
-from dtr.checkpoint.keeping.collect import Collected, collect, remove
+from dtr.checkpoint.keeping.collect import Collected, collect, look, remove
 from dtr.checkpoint.keeping.retention import Policy
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.restoring.source import PieceSource
@@ -352,6 +352,9 @@ def test_a_collection_in_mid_restore_takes_nothing_that_is_read(
         thread.start()
         assert reading.wait(WITHIN_S)
         assert collect(store_of(folder, here), state) == Collected()
+        why = look(state, store_of(folder, here))
+        assert isinstance(why, str)
+        assert why.endswith("it neither restored nor saved; retention waits for a run that does")
         go_on.set()
         thread.join(WITHIN_S)
         assert [f.step for f in found] == [0]

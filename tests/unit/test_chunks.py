@@ -17,7 +17,9 @@ from dtr.checkpoint.delta.carrying import hashed
 from dtr.checkpoint.delta.chunks import Chunk, Recipe, cut, digest_of
 from dtr.checkpoint.delta.source import ChunkSource
 from dtr.checkpoint.format import tensors
+from dtr.checkpoint.format.paths import Patterns
 from dtr.checkpoint.manifest import PartFacts
+from dtr.checkpoint.restoring.fetch import read_state
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, ManifestInvalid
 from dtr.store import open_store
 from dtr.store.local import LocalStore
@@ -244,6 +246,20 @@ class TestReading:
         piece = bytearray(length)
         source.read_into(piece, start)
         assert piece == content[start : start + length]
+
+    def test_the_header_costs_no_chunk(self, tmp_path: Path) -> None:
+        """What only= selects is read though a chunk of something else is damaged, also one at the file's beginning."""
+        store = open_store(str(tmp_path))
+        recipe, content = recipe_of(state_of())
+        facts = put(store, recipe, content)
+        path = tmp_path / recipe.chunks[0].key
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        source = ChunkSource(store, facts)
+        assert source.head() == content[: len(recipe.header)]
+        found = read_state({0: source}, rank=0, world_size=1, only=Patterns.of("t7", "only"))
+        assert np.array_equal(found["t7"], state_of()["t7"])
+        with pytest.raises(IntegrityError, match=recipe.chunks[0].hash):
+            read_state({0: source}, rank=0, world_size=1, only=Patterns.of("t0", "only"))
 
     def test_a_damaged_recipe(self, tmp_path: Path) -> None:
         """Of other bytes, of another length, of another part, or gone: each is an IntegrityError that names the object."""

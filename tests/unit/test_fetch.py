@@ -17,7 +17,7 @@ from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.restoring.fetch import read_bytes, read_state
 from dtr.checkpoint.restoring.source import PieceSource
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, StateMismatch
-from tests.unit.test_source import facts_of, memory_source
+from tests.unit.test_source import PIECE, facts_of, memory_source
 
 
 def saved(state: Any, *, pieces: bool = True) -> PieceSource:
@@ -66,6 +66,20 @@ def assert_equal(found: Any, wanted: Any) -> None:
         assert found == wanted
 
 
+def watched(data: bytes, *, pieces: bool = True) -> tuple[PieceSource, list[int]]:
+    """A source of ``data``, and every byte's number of reads as it goes."""
+    source, reads = memory_source(data, facts_of(data, pieces=pieces)), [0] * len(data)
+    fill = source._fill
+
+    def counting(view: memoryview, offset: int) -> None:
+        for at in range(offset, offset + len(view)):
+            reads[at] += 1
+        fill(view, offset)
+
+    source._fill = counting
+    return source, reads
+
+
 def _arrays(state: Any) -> list[Any]:
     return [state["model"]["w"], state["layers"][0], state["layers"][1][0], state["strided"], state[7]["zero"]]
 
@@ -77,6 +91,29 @@ def test_all_of_it_is_what_was_saved(pieces: bool) -> None:
     assert_equal(found, example())
     assert found["model"]["w"].flags.writeable
     assert found["model"]["w"].flags.aligned
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+@pytest.mark.parametrize("only", [None, "*"])
+@pytest.mark.parametrize("into", [True, False])
+def test_the_first_piece_is_read_once(into: bool, only: str | None, pieces: bool) -> None:
+    """Though the header is read first, and then what lies beside it: a small part is nothing but its first piece."""
+    source, reads = watched(part_of(example()), pieces=pieces)
+    assert_equal(restored(source, only, example(1) if into else None), example())
+    assert set(reads[:PIECE]) == {1}
+
+
+def test_what_was_kept_goes_with_the_source() -> None:
+    """The first piece is in memory until it is closed; without being asked to, none is."""
+    source, reads = watched(part_of(example()))
+    head = bytes(source.head())
+    source.read_into(bytearray(len(head)))
+    assert set(reads[: len(head)]) == {2}
+    source.head(keep=True)
+    source.read_into(bytearray(len(head)))
+    assert set(reads[: len(head)]) == {3}
+    source.close()
+    assert source._head is None
 
 
 class TestOnly:
@@ -99,18 +136,10 @@ class TestOnly:
     def test_reads_only_what_it_needs(self) -> None:
         """Two arrays at both ends of a large file: nothing between them is read."""
         state = {"a": np.arange(50.0), "big": np.zeros(100_000), "z": np.arange(50.0, dtype=np.float32)}
-        data, asked = part_of(state), list[int]()
-        source = memory_source(data, facts_of(data))
-        fill = source._fill
-
-        def counting(view: memoryview, offset: int) -> None:
-            asked.append(len(view))
-            fill(view, offset)
-
-        source._fill = counting
+        source, reads = watched(part_of(state))
         found = restored(source, ["a", "z"])
         assert_array_equal(found["z"], state["z"])
-        assert sum(asked) < 10_000
+        assert sum(reads) < 10_000
 
     @pytest.mark.parametrize("pattern", ["modell", "model/x", "model/w/deeper"])
     def test_nothing_selected_is_an_error_that_says_what_there_is(self, pattern: str) -> None:

@@ -17,7 +17,8 @@ from dtr.checkpoint.format.replication import REPLICATED, Shares, split
 from dtr.checkpoint.format.tensors import Tensor
 from dtr.checkpoint.restoring.fetch import read_state
 from dtr.checkpoint.restoring.scattered import headers_of, locate
-from dtr.errors import IntegrityError, InvalidInput, WorldSizeMismatch
+from dtr.checkpoint.saving.announce import explained
+from dtr.errors import CheckpointConflict, IntegrityError, InvalidInput, WorldSizeMismatch
 from tests.chunked import file_of
 
 
@@ -31,6 +32,11 @@ class Memory:
 
     def check(self) -> None:
         pass
+
+    def head(self, *, keep: bool = False) -> bytearray:
+        head = bytearray(self.state_bytes)
+        self.read_into(head)
+        return head
 
     def read_into(self, buffer: Any, offset: int = 0) -> None:
         view = memoryview(buffer).cast("B")
@@ -262,3 +268,20 @@ class TestWrong:
         layout.copy_into(content, leaves)
         with pytest.raises(IntegrityError):
             read_state({0: Memory("forged", content), 1: part({"m": np.zeros(10)}, "m", 2, 1)}, rank=0, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "says"),
+    [
+        ("some 1a2b", "some 3c4d", "tensors of other names, shapes or dtypes than rank 3 has: what replicated= selects must be alike"),
+        ("some 1a2b", "none", "some of the state, and rank 3 replicates nothing: replicated= must be the same on all ranks"),
+        ("none", "all", "nothing, and rank 3 replicates all of it: replicated= must be the same"),
+    ],
+)
+def test_ranks_that_disagree_are_told_what_about(begun: str, now: str, says: str) -> None:
+    """The script compares digests, which no person can read; what else the error says of itself stays."""
+    told = explained(CheckpointConflict(f"this step was begun with replicated {begun}, now it is {now}", code="CKPT_CONFLICT"), 3)
+    assert f"begun with replicated {says}" in told.message
+    assert told.facts == {"code": "CKPT_CONFLICT"}
+    other = CheckpointConflict("this step was begun with store s3://a, now it is s3://b")
+    assert explained(other, 3) is other

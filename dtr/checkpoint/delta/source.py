@@ -81,6 +81,10 @@ class ChunkSource:
                     raise IntegrityError(f"{chunk.key} has {there} bytes, the recipe says {chunk.size_bytes}")
         self._checked = True
 
+    def head(self, *, keep: bool = False) -> bytes:
+        """See :class:`dtr.checkpoint.restoring.source.Source`. It is in the recipe, which is in memory anyhow: no chunk is read."""
+        return self._opened().header
+
     def read_into(self, buffer: memoryview | bytearray, offset: int = 0) -> None:
         """See :class:`dtr.checkpoint.restoring.source.Source`."""
         view = as_bytes(buffer)

@@ -31,6 +31,7 @@ from dtr.checkpoint.manifest import Manifest
 from dtr.checkpoint.restoring.candidates import name_of
 from dtr.checkpoint.survey import indexed, lineage_in_index, manifest_key, read_manifest, retiring_key
 from dtr.config import Settings
+from dtr.datasets.timemachine.retiring import retire_journals
 from dtr.errors import CheckpointProtected, IntegrityError, NoCheckpoint, NotFound, Recovering, StateLost
 from dtr.failpoints import failpoint
 from dtr.state.client import translate
@@ -71,11 +72,15 @@ class Done:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """What one collection decided, and what it did about it. ``chunks``: those of delta saves that belonged to no checkpoint any more."""
+    """What one collection decided, and what it did about it.
+
+    ``chunks``: those of delta saves that belonged to no checkpoint any more; ``journals``: those of runs that the job left behind.
+    """
 
     plan: Plan = field(default_factory=Plan)
     done: tuple[Done, ...] = ()
     chunks: int = 0
+    journals: int = 0
 
 
 def look(state: JobState, store: Store, policy: Policy | None = None) -> Scene | str:
@@ -92,8 +97,10 @@ def look(state: JobState, store: Store, policy: Policy | None = None) -> Scene |
         run = state.redis.hgetall(keys.run(last_run)) if last_run else {}
     if not state_id or phase != "READY":
         return "Redis holds no state of this job that is ready"
+    if not last_run:
+        return "no run of this job has begun since Redis was filled: the rules come with the next run"
     if run.get("base_state") != "SET":
-        return f"run {last_run} has not yet fixed what it continues" if last_run else "no run of this job has begun"
+        return f"run {last_run} has not yet fixed what it continues: it neither restored nor saved; retention waits for a run that does"
     if open_store(run["store"]).child(state.job).url != store.url:
         return f"the newest run lives in another store: {run['store']}"
     protected = {}
@@ -119,7 +126,7 @@ def collect(store: Store, state: JobState, *, policy: Policy | None = None, dry_
         state: the job.
         policy: the rules; default: those that the newest run was started with.
         dry_run: decide only.
-        all_chunks: look for chunks that nothing needs even if no checkpoint went.
+        all_chunks: look for chunks that nothing needs even if no checkpoint went, and for journals of runs of which nothing is left.
 
     Raises:
         StoreUnavailable, CoordinatorUnavailable: the rest is done at the next call.
@@ -131,9 +138,15 @@ def collect(store: Store, state: JobState, *, policy: Policy | None = None, dry_
     todo = plan(indexed(state, scene.store_url), scene.lineage, scene.policy, protected=scene.protected, now_ms=scene.now_ms)
     failpoint("retention.after_plan")
     done = () if dry_run else tuple(_apply(store, state, scene, todo))
+    journals = retire_journals(store, lambda: _lineage_now(state, store), dry_run=dry_run) if all_chunks else ()
     if all_chunks or any(one.act in {"deleted", "forgotten"} for one in done):
-        return Collected(plan=todo, done=done, chunks=_collect_chunks(store, dry_run=dry_run))
+        return Collected(plan=todo, done=done, chunks=_collect_chunks(store, dry_run=dry_run), journals=len(journals))
     return Collected(plan=todo, done=done)
+
+
+def _lineage_now(state: JobState, store: Store) -> Lineage | None:
+    scene = look(state, store)
+    return None if isinstance(scene, str) else scene.lineage
 
 
 def _collect_chunks(store: Store, *, dry_run: bool) -> int:

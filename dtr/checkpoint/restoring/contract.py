@@ -31,6 +31,16 @@ class Source(Protocol):
     def check(self) -> None:
         """Raise IntegrityError unless all of it is there by its size: asked before memory is taken for what a manifest merely declares."""
 
+    def head(self, *, keep: bool = False) -> bytes | bytearray:
+        """The file's first bytes, verified: as many as a source reads at least. Whoever has them must not write to them.
+
+        Args:
+            keep: them until ``close``: what is read there later is taken from them, and costs the place nothing more.
+
+        Raises:
+            As :meth:`read_into`.
+        """
+
     def read_into(self, buffer: memoryview | bytearray, offset: int = 0) -> None:
         """Fill all of ``buffer`` with the file's bytes from ``offset`` on, verified.
 

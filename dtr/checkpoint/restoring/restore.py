@@ -24,7 +24,7 @@ from dtr.checkpoint.restoring.candidates import ENOUGH, Candidate, Offer, Wish, 
 from dtr.checkpoint.restoring.contract import Where
 from dtr.checkpoint.restoring.nearby import Nearby, Read
 from dtr.checkpoint.restoring.settling import wait_until_settled
-from dtr.checkpoint.survey import Indexed, indexed, lineage_of, survey
+from dtr.checkpoint.survey import Holdings, Indexed, indexed, lineage_of, survey
 from dtr.clock import SYSTEM, Clock
 from dtr.config import Settings
 from dtr.errors import (
@@ -45,6 +45,7 @@ __all__ = ["Reader", "Restored", "look", "newest_settled", "read_newest", "resto
 log = logging.getLogger(__name__)
 
 STORE_PATIENCE_S: Final = 60.0
+_LOOKS: Final = 10  # at a store in which everything seen was retired meanwhile
 T = TypeVar("T")
 
 
@@ -149,8 +150,10 @@ def restore_run(session: Session, reader: Reader, *, attempt: int) -> Restored |
 
 
 def _offer(session: Session, reader: Reader, nearby: Nearby) -> Offer:
-    state, holdings = session.state, survey(reader.store)
-    listed, lineage = indexed(state, reader.url), lineage_of(reader.store, reader.url, holdings, state)
+    state = session.state
+    listed = indexed(state, reader.url)  # before the store: what commits in between would look as if the store had lost it
+    holdings = survey(reader.store)
+    lineage = lineage_of(reader.store, reader.url, holdings, state)
     refused = quarantined(tallies(state), reader.settings.restore_attempts)
     return gather(
         reader.store, lineage, holdings, nearby, reader.wish, retired=_retired(listed) | holdings.retiring, indexed=_committed(listed),
@@ -199,8 +202,23 @@ def read_newest(reader: Reader, state: JobState | None, *, this: Checkpoint | No
 
 
 def look(reader: Reader, nearby: Nearby, state: JobState | None, *, this: Checkpoint | None = None, enough: int = ENOUGH) -> Offer:
-    """What a reader outside of any run could restore; with Redis away, by the store alone."""
-    holdings, listed, refused = survey(reader.store), _listed(state, reader.url), _refused(state, reader.settings)
+    """What a reader outside of any run could restore; with Redis away, by the store alone.
+
+    A job that is alive may commit and retire meanwhile. Where that left nothing of what was seen, it is looked again.
+    """
+    for _ in range(_LOOKS):
+        listed = _listed(state, reader.url)  # before the store: what commits in between would look as if the store had lost it
+        holdings = survey(reader.store)
+        offer = _look(reader, nearby, state, this, holdings, listed, enough)
+        if offer.candidates or offer.misfit or survey(reader.store).decided <= holdings.decided:
+            break
+    return offer
+
+
+def _look(
+    reader: Reader, nearby: Nearby, state: JobState | None, this: Checkpoint | None, holdings: Holdings, listed: list[Indexed], enough: int
+) -> Offer:
+    refused = _refused(state, reader.settings)
     lineage = lineage_of(reader.store, reader.url, holdings, state)
     if this is not None:
         holdings = replace(holdings, decided=holdings.decided & {this})

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +31,7 @@ __all__ = ["Extent", "Located", "Whole", "check_fits", "fits", "header_of", "hea
 _ALIGNMENT: Final = 64
 _READERS: Final = 4
 _SHOWN: Final = 8
+_KEPT_BYTES: Final = 128 << 20  # of first pieces, while a state is read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +83,9 @@ class _About:
     also: frozenset[str] = frozenset()
 
 
-def header_of(source: Source) -> Header:
-    """The header of a part; IntegrityError if it is damaged."""
-    head = bytearray(min(source.piece_bytes or source.state_bytes, source.state_bytes))
-    source.read_into(head)
+def header_of(source: Source, *, keep: bool = False) -> Header:
+    """The header of a part; IntegrityError if it is damaged. ``keep``: what was read for it is not read again, see ``Source.head``."""
+    head = source.head(keep=keep)
     end = header_end(head)
     if end > source.state_bytes:
         raise IntegrityError(f"{source.name} has {source.state_bytes} bytes and a header of {end}")
@@ -231,9 +232,10 @@ def _runs(found: Sequence[Located], offsets: Sequence[int]) -> list[tuple[int, i
 
 
 def headers_of(sources: Mapping[int, Source]) -> dict[int, Header]:
-    """The headers of all parts, a few read at a time."""
+    """The headers of all parts, a few read at a time; of few parts what was read for them is kept."""
+    keep = sum(min(source.piece_bytes or 0, source.state_bytes) for source in sources.values()) <= _KEPT_BYTES
     with ThreadPoolExecutor(_READERS, thread_name_prefix="dtr-parts") as pool:
-        return dict(zip(sources, pool.map(header_of, sources.values()), strict=True))
+        return dict(zip(sources, pool.map(partial(header_of, keep=keep), sources.values()), strict=True))
 
 
 def check_fits(whole: Whole, spec: Any, world_size: int) -> None:

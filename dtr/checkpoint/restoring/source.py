@@ -10,6 +10,7 @@ another version wrote), only the whole can be verified: then a range costs the w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,7 +97,19 @@ class PieceSource:
         self._pieces, self._fill, self._threads, self._block_bytes, self._close = pieces, fill, threads, block_bytes, close
         self.check = check
         self._whole: bytearray | None = None
+        self._head: bytearray | None = None
         self._mutex = threading.Lock()
+
+    def head(self, *, keep: bool = False) -> bytearray:
+        """See :class:`Source`. It is the first piece, or the whole where that alone can be verified."""
+        if keep and not self.piece_bytes:
+            with self._blamed():
+                return self._verified_whole()
+        head = bytearray(min(self.piece_bytes or self.state_bytes, self.state_bytes))
+        self.read_into(head)
+        if keep:
+            self._head = head
+        return head
 
     def read_into(self, buffer: memoryview | bytearray, offset: int = 0) -> None:
         """See :class:`Source`."""
@@ -123,7 +136,7 @@ class PieceSource:
 
     def close(self) -> None:
         """See :class:`Source`."""
-        self._whole = None
+        self._whole = self._head = None
         close, self._close = self._close, lambda: None
         close()
 
@@ -147,6 +160,10 @@ class PieceSource:
                 if take < len(view):
                     rest.appendleft(view[take:])
                 at += take
+            if (head := self._head) is not None and piece.start == 0:
+                for view, end in zip(held, itertools.accumulate(len(view) for view in held), strict=True):
+                    view[:] = memoryview(head)[end - len(view) : end]
+                continue
             with self._blamed():
                 self._check(piece, self._crc_of(held, piece.start, never))
 
@@ -156,6 +173,9 @@ class PieceSource:
         def read(piece: Piece, over: threading.Event) -> None:
             low, high = max(piece.start, offset), min(piece.end, end)
             inside = view[low - offset : high - offset]
+            if (head := self._head) is not None and piece.start == 0:
+                inside[:] = memoryview(head)[low:high]
+                return
             whole = inside if len(inside) == piece.size_bytes else memoryview(bytearray(piece.size_bytes))
             self._check(piece, self._crc_of([whole], piece.start, over))
             if whole is not inside:

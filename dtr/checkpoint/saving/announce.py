@@ -10,9 +10,11 @@ import contextlib
 import logging
 import mmap
 import os
+import re
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from dtr import publish
 from dtr.checkpoint import checksum, handover, parts
@@ -28,9 +30,11 @@ from dtr.failpoints import failpoint
 from dtr.state.client import translate
 from dtr.state.job import JobState
 
-__all__ = ["Save", "announce", "look"]
+__all__ = ["Save", "announce", "explained", "look"]
 
 log = logging.getLogger(__name__)
+
+_REPLICATED: Final = re.compile(r"begun with replicated (?P<begun>none|some|all)(?: \w+)?, now it is (?P<now>none|some|all)")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -105,8 +109,9 @@ def announce(state: JobState, save: Save, recover_run: Callable[[], None], broke
     try:
         placed = _begin(state, save, recover_run)
     except CheckpointConflict as exc:
-        _part_company(state, save, exc)
-        raise
+        told = explained(exc, save.fence.rank)
+        _part_company(state, save, told)
+        raise told from exc
     failpoint("save.after_begin")
     _hand_over(state, save, recover_run, broker_url)
     if save.part is None or placed is None:
@@ -139,6 +144,24 @@ def _wake_uploader(state: JobState, save: Save, broker_url: str) -> None:
         publish.upload_part(broker_url, host=save.fence.host, job=state.job, run=save.spec.run, step=save.spec.step, rank=save.fence.rank)
     except CoordinatorUnavailable as exc:
         log.info("the uploader was not woken, and finds step %d by itself: %s", save.spec.step, exc)
+
+
+def explained(exc: CheckpointConflict, rank: int) -> CheckpointConflict:
+    """The same conflict for people: what ranks disagree about when they replicate, where the script compares digests.
+
+    Args:
+        exc: what the script answered to a rank that came second.
+        rank: whose save it was.
+    """
+    if (found := _REPLICATED.search(exc.message)) is None:
+        return exc
+    begun, now = found["begun"], found["now"]
+    if begun == now:
+        text = f"this step was begun with replicated tensors of other names, shapes or dtypes than rank {rank} has"
+        return CheckpointConflict(f"{text}: what replicated= selects must be alike on all ranks", **exc.facts)
+    words = {"none": "nothing", "some": "some of the state", "all": "all of it"}
+    text = f"this step was begun with replicated {words[begun]}, and rank {rank} replicates {words[now]}"
+    return CheckpointConflict(f"{text}: replicated= must be the same on all ranks", **exc.facts)
 
 
 def _part_company(state: JobState, save: Save, exc: CheckpointConflict) -> None:
