@@ -161,7 +161,8 @@ def _removed(screen: Screen, found: RemovalView) -> None:
 def _pinned(screen: Screen, found: PinView) -> None:
     note = f": {found.note}" if found.note else ""
     for one in found.checkpoints:
-        screen.line(f"{one} is pinned{note}" if found.pinned else f"{one} is not pinned any more")
+        taken = "was not pinned" if one in found.unpinned_before else "is not pinned any more"
+        screen.line(f"{one} is pinned{note}" if found.pinned else f"{one} {taken}")
 
 
 def _row(one: Fate) -> list[Cell]:

@@ -58,13 +58,14 @@ class RemovalView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinView:
-    """Pins that were set or taken; ``changed`` tells whether each was another before."""
+    """Pins that were set or taken; ``unpinned_before``: those of them that had none to take."""
 
     job: str
     store: str
     pinned: bool
     note: str
     checkpoints: tuple[str, ...]
+    unpinned_before: tuple[str, ...] = ()
 
 
 def gc(sources: Sources, *, rules: dict[str, Any], dry_run: bool, orphans: bool) -> CollectionView:
@@ -111,13 +112,14 @@ def remove(sources: Sources, names: Sequence[Checkpoint], *, grace_ms: int | Non
 def pin(sources: Sources, names: Sequence[Checkpoint], *, note: str, pinned: bool) -> PinView:
     """Set or take pins; see ``pins``."""
     state, store = _both(sources)
+    had_none: list[str] = []
     for run, step in names:
         if pinned:
             pins.pin(state, store, run, step, note)
-        else:
-            pins.unpin(state, store, run, step)
+        elif not pins.unpin(state, store, run, step):
+            had_none.append(f"{run}/{step}")
     shown = tuple(f"{run}/{step}" for run, step in names)
-    return PinView(job=sources.job, store=sources.url, pinned=pinned, note=note, checkpoints=shown)
+    return PinView(job=sources.job, store=sources.url, pinned=pinned, note=note, checkpoints=shown, unpinned_before=tuple(had_none))
 
 
 def _both(sources: Sources) -> tuple[JobState, Store]:

@@ -221,7 +221,7 @@ def verify(sources: Sources, wanted: Sequence[tuple[str, int]]) -> Iterator[Chec
             manifest = read_manifest(store, run, step)
             if manifest.decision != "commit":
                 raise NoCheckpoint(f"{run}/{step} {manifest.fate}, so there is nothing to verify: {manifest.reason}", run=run, step=step)
-            parts, size_bytes = len(manifest.parts), sum(part.size_bytes for part in manifest.parts)
+            parts, size_bytes = len(manifest.parts), sum(part.state_bytes for part in manifest.parts)
             verify_parts(store, manifest)
         except NotFound as exc:
             raise NoCheckpoint(f"{sources.url} holds no decision about {run}/{step} of job {sources.job}", run=run, step=step) from exc

@@ -123,7 +123,8 @@ def test_pin_keeps_and_unpin_lets_go(history: History, dtr: Dtr) -> None:
     assert fates(dtr("ckpt", "gc", "--keep-last", "1", "--json")) == {35: "kept", 20: "kept", 30: "kept", 10: "kept", 25: "deleted"}
     dtr("ckpt", "rm", f"{history.a}/10", code=3)
     assert "pinned" in dtr.err  # type: ignore[attr-defined]
-    dtr("ckpt", "unpin", f"{history.a}/10", f"{history.a}/30")
+    assert "is not pinned any more" in dtr("ckpt", "unpin", f"{history.a}/10", f"{history.a}/30")
+    assert f"{history.a}/30 was not pinned" in dtr("ckpt", "unpin", f"{history.a}/30")
     assert fates(dtr("ckpt", "gc", "--keep-last", "1", "--json"))[10] == "deleted"
 
 
