@@ -2,8 +2,9 @@
 
 Guarantees: only ratios of speeds count; a worker whose measured share is within `BAND` of the weight in force keeps that weight to the last
 digit, so noise of up to 11 % around the true speeds moves no shard; a weight that does change becomes the measured one, in the middle of
-its new band, so that it does not swing back. Nobody weighs more than `MOST` times, or less than 1/`MOST` of, the median worker. Who was
-not measured keeps the weight in force; a newcomer gets the median.
+its new band, so that it does not swing back. Nobody who was measured comes out with more than `MOST` times, or less than 1/`MOST`, of the
+median worker's weight, not even with the weight in force, give or take the band. Who was not measured keeps the weight in force; a
+newcomer gets the median.
 """
 
 from __future__ import annotations

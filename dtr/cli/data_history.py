@@ -9,7 +9,7 @@ from typing import Any, Final
 import rich_click as click
 
 from dtr.cli.data_options import data_sources, store_option, which_step
-from dtr.cli.options import job_state, reading_options, target
+from dtr.cli.options import reading_options, target
 from dtr.cli.screen import Screen, show
 from dtr.cli.table import Cell, Column, cell
 from dtr.views import data_history as view
@@ -65,16 +65,17 @@ def replay(
 @click.argument("name")
 @click.argument("samples", metavar="FILE:START-STOP")
 @click.option("--reason", required=True, metavar="TEXT", help="Why, for those who wonder later.")
+@store_option
 @reading_options
-def skip(url: str | None, job: str | None, as_json: bool, name: str, samples: str, reason: str) -> None:
+def skip(url: str | None, job: str | None, as_json: bool, store: str | None, name: str, samples: str, reason: str) -> None:
     """Leave samples of a data set out from now on, for good: FILE:5-9 are four samples, counted from 0 in FILE, as `which` names them.
 
     Loaders learn of it within a second or so; what they have read by then goes out. The batch of deterministic mode that has them is
-    smaller, and its sequence stays. It is on record in Redis at once and in the next checkpoint; `dtr data show` lists it. Repeating it
-    changes nothing.
+    smaller, and its sequence stays. It is on record in Redis and in the store at once, and in the next checkpoint; `dtr data show` lists
+    it. Repeating it changes nothing.
     """
-    with job_state(target(url, job)) as state:
-        found = view.skip(state, name, samples, reason)
+    with data_sources(target(url, job, store=store)) as sources:
+        found = view.skip(sources, name, samples, reason)
     show(found, json=as_json, human=_skip)
 
 
@@ -140,3 +141,5 @@ def _skip(screen: Screen, found: SkipView) -> None:
         screen.line(f"left out from now on: {what}: {found.reason}")
     else:
         screen.line(f"was left out before: {what}", "dim")
+    if not found.in_store:
+        screen.line(f"until the next checkpoint only Redis has it on record: {found.note}", "yellow")

@@ -234,19 +234,19 @@ class DataPlane:
 
     def _note(self, batches: Sequence[Batch], step: int) -> None:
         """Put on record which batches a step consumed: here until they are in the store, and in Redis for who asks before."""
-        run, found = self._session.run, dict[str, list[Row]]()
+        run, found = self._session.run, dict[str, dict[str, Any]]()
         for batch in batches:
-            row = Row.of(step, batch, by_order=self._loaders[batch.dataset].plan.mode == "deterministic")
-            found.setdefault(batch.dataset, []).append(row)
+            loader, name = self._loaders[batch.dataset], batch.dataset
+            origin = Origin.of(loader.base, run.world_size)
+            row = Row.of(step, batch, by_order=loader.plan.mode == "deterministic")
+            with self._mutex:
+                told = self._journal.add(name, origin, row, run.world_size)
+            if name not in found:
+                found[name] = {**origin.to_json(), "rows": []}
+            found[name]["rows"].append(told)
         if not found:
             return
-        accounts: list[str] = []
-        for name, rows in found.items():
-            origin = Origin.of(self._loaders[name].base, run.world_size)
-            with self._mutex:
-                for row in rows:
-                    self._journal.add(name, origin, row, run.world_size)
-            accounts += [name, orjson.dumps(Account(origin=origin, rows=tuple(rows)).to_json()).decode()]
+        accounts = [text for name, account in found.items() for text in (name, orjson.dumps(account).decode())]
         who, keys = self._session.identity, self._session.state.keys
         keep = max(16, min(STEPS_IN_REDIS, ENTRIES_IN_REDIS // run.world_size))
         seat = [f"{who.state_id} {run.id}", who.worker_id, run.rank, run.roster[who.worker_id].incarnation]

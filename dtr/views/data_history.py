@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from dtr.checkpoint.survey import record_key
 from dtr.datasets.consuming import ranges
 from dtr.datasets.loading.batch import SampleRange, samples_of
 from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.datasets.registering.spec import Dataset
 from dtr.datasets.timemachine.history import Consumed, History, Moment
+from dtr.datasets.timemachine.keeping import keep_skip
 from dtr.datasets.timemachine.skipping import tell_skip
-from dtr.datasets.timemachine.skips import checked
-from dtr.errors import InvalidInput
-from dtr.state.job import JobState
+from dtr.datasets.timemachine.skips import Skip, checked
+from dtr.errors import CoordinatorUnavailable, InvalidInput, NotFound, StoreRefused, StoreUnavailable
+from dtr.state.client import translate
 from dtr.views.reading import reading
 from dtr.views.stored import Sources
 
@@ -93,7 +95,10 @@ class ReplayView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipView:
-    """Samples that are left out from now on; ``new`` is False if they were before."""
+    """Samples that are left out from now on; ``new`` is False if they were before.
+
+    ``in_store`` is False, and ``note`` says why, if only Redis and the next checkpoint have it on record.
+    """
 
     job: str
     dataset: str
@@ -104,6 +109,8 @@ class SkipView:
     samples: int
     reason: str
     new: bool
+    in_store: bool
+    note: str
 
 
 def which(sources: Sources, step: int, *, rank: int | None = None, run: str | None = None) -> WhichView:
@@ -171,24 +178,45 @@ def export(file: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def skip(state: JobState, name: str, target: str, reason: str) -> SkipView:
-    """Leave samples out of a data set from now on; safe to repeat.
+def skip(sources: Sources, name: str, target: str, reason: str) -> SkipView:
+    """Leave samples out of a data set from now on; on record in Redis and, if one is known, in the store. Safe to repeat.
 
     Raises:
         DatasetNotFound: there is no such data set.
         InvalidInput: it has no such samples, or no reason is given.
         CoordinatorUnavailable: nobody knows whether it is on record; do it again.
     """
+    state = sources.state
+    if state is None:
+        raise CoordinatorUnavailable(f"a skip is put on record in Redis first; {sources.note}")
     with reading(state):
         dataset = DatasetRegistry(state.url, job=state.job, client=state.redis).get(name)
         where, record = checked(dataset, target, reason, state.server_now_ms())
         new = tell_skip(state, name, where, record)
+    why_not = _keep(sources, name, where, record)
     file, _, span = where.rpartition(":")
     start, _, stop = span.partition("-")
     return SkipView(
         job=state.job, dataset=name, version=dataset.spec.version, file=file, start=int(start), stop=int(stop),
-        samples=int(stop) - int(start), reason=record.reason, new=new,
+        samples=int(stop) - int(start), reason=record.reason, new=new, in_store=not why_not, note=why_not,
     )  # fmt: skip
+
+
+def _keep(sources: Sources, name: str, where: str, record: Skip) -> str:
+    """Put it into the store too; '' or why that was not done."""
+    if sources.store is None or sources.state is None:
+        return "no store is known"
+    with reading(sources.state), translate(sources.state.url):
+        run = sources.state.redis.hget(sources.state.keys.meta, "last_run")
+    try:
+        if run:
+            sources.store.size(record_key(run))
+        keep_skip(sources.store, name, where, record)
+    except NotFound:  # a folder of another host, by the same name
+        return f"{sources.url} holds nothing of run {run}"
+    except (StoreUnavailable, StoreRefused) as exc:
+        return exc.message
+    return ""
 
 
 # --- how ------------------------------------------------------------------------------------------------------------

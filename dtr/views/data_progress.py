@@ -160,14 +160,14 @@ class _Run:
         bad = {int(shard) for shard in state.redis.hkeys(state.keys.quarantine(name, dataset.spec.digest)) if shard.isdigit()}
         before = base if base is not None and (base.epoch, base.digest) == (epoch, dataset.spec.digest) else None
         if fields.text(":mode") == "deterministic":
-            return self._by_cursor(dataset, epoch, before, self._workers(name, fields, Counter()))
+            return self._by_cursor(dataset, epoch, before, self._workers(dataset, fields, Counter()))
         partial = before.partial if isinstance(before, Dynamic) else {}
         skipped = left_out(dataset, read_skips(state, name))
         shards = tally(dataset, fields, taken=taken, done=done, quarantined=bad, partial=partial, skipped=skipped)
         consumed = sum(shard.consumed for shard in shards)
         out = sum(len_of(shard) - shard.consumed if shard.state == "quarantined" else shard.skipped for shard in shards)
         leased = Counter(shard.worker for shard in shards if shard.state == "leased")
-        return _epoch(dataset, "dynamic", epoch, consumed, out, shards, self._workers(name, fields, leased))
+        return _epoch(dataset, "dynamic", epoch, consumed, out, shards, self._workers(dataset, fields, leased))
 
     def _by_cursor(self, dataset: Dataset, epoch: int, before: DataState | None, workers: Sequence[WorkerView]) -> EpochView:
         """Deterministic mode: the batch that the furthest rank has consumed tells it all."""
@@ -178,12 +178,13 @@ class _Run:
             consumed = max(consumed, min(batch * origin.global_batch_size, dataset.spec.total_samples))
         return _epoch(dataset, "deterministic", epoch, consumed, 0, (), workers)
 
-    def _workers(self, name: str, fields: Fields, leased: Mapping[str, int]) -> list[WorkerView]:
+    def _workers(self, dataset: Dataset, fields: Fields, leased: Mapping[str, int]) -> list[WorkerView]:
+        name, total = dataset.spec.name, dataset.spec.total_samples
         pipeline = self.state.redis.pipeline(transaction=False)
         for worker, _ in self.seats:
             pipeline.hget(self.state.keys.worker(worker), f"samples_per_s/{name}")
         speeds = pipeline.execute()
-        newest = [_newer(of.get(name), rank, fields) for rank, of in enumerate(self.newest)]
+        newest = [_newer(of.get(name), rank, fields, total) for rank, of in enumerate(self.newest)]
         return [
             WorkerView(
                 rank=rank, worker=worker, host=host, step=newest[rank][0], samples=newest[rank][1],
@@ -193,13 +194,13 @@ class _Run:
         ]  # fmt: skip
 
 
-def _newer(account: Account | None, rank: int, fields: Fields) -> tuple[int | None, int]:
+def _newer(account: Account | None, rank: int, fields: Fields, total_samples: int) -> tuple[int | None, int]:
     """A rank's last step and its samples: the ledger hears of a batch when the next one goes out, the journal at once."""
     step, samples = fields.number(f"step/{rank}"), fields.integer(f"samples/{rank}")
     epoch = int(fields.key.rsplit(":", 2)[1])
     for row in () if account is None else account.rows:
         if row.epoch == epoch and row.step > (-1 if step is None else step):
-            samples += account.origin.samples_of(row, rank) if account is not None else 0
+            samples += account.origin.samples_of(row, rank, total_samples) if account is not None else 0
     steps = [row.step for row in (() if account is None else account.rows) if row.epoch == epoch]
     return max([*steps, *([] if step is None else [step])], default=None), samples
 

@@ -12,6 +12,7 @@ from dtr.datasets.consuming.datastate import BY_RANGES, Cursor, DataState, parse
 from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.datasets.registering.spec import Dataset
 from dtr.datasets.timemachine.history import History
+from dtr.datasets.timemachine.keeping import kept_skips
 from dtr.datasets.timemachine.skipping import read_skips
 from dtr.datasets.timemachine.skips import Skips, merged_skips, parse_target
 from dtr.errors import DatasetNotFound, NotFound
@@ -107,7 +108,7 @@ def read(sources: Sources, name: str) -> ShowView:
     committed = parse(name, data[name]) if name in data else None
     current = _registered(sources.state, name, committed is not None and sources.store is not None)
     dataset = current or _of_store(sources, name, committed)
-    reasons, skips = _left_out(sources.state, name, dataset, committed)
+    reasons, skips = _left_out(sources, name, dataset, committed)
     spec = dataset.spec
     return ShowView(
         job=sources.job, name=name, version=spec.version, registered=current is not None, format=spec.format.name, path=mask(spec.path),
@@ -154,10 +155,13 @@ def _of_store(sources: Sources, name: str, committed: DataState | None) -> Datas
     return History(None, sources.store, sources.url).dataset(name, committed.digest)
 
 
-def _left_out(state: JobState | None, name: str, dataset: Dataset, committed: DataState | None) -> tuple[dict[int, str], Skips]:
-    """Quarantined shards with their errors, and skips: those that Redis has, and those of the newest commit."""
+def _left_out(sources: Sources, name: str, dataset: Dataset, committed: DataState | None) -> tuple[dict[int, str], Skips]:
+    """Quarantined shards with their errors, and skips: those that Redis and the store have, and those of the newest commit."""
     reasons: dict[int, str] = {}
     skips: Skips = {} if committed is None else committed.skips
+    state = sources.state
+    if sources.store is not None:
+        skips = merged_skips(skips, kept_skips(sources.store, name).get(name, {}))
     if committed is not None and committed.digest == dataset.spec.digest:
         for of_epoch in committed.notes.get("quarantined", {}).values():
             reasons |= of_epoch
@@ -175,11 +179,11 @@ def _quarantined(dataset: Dataset, number: int, error: str) -> QuarantinedView:
 
 
 def _skipped(dataset: Dataset, skips: Skips) -> list[SkippedView]:
-    files = {facts.file: (facts.size_bytes, facts.mtime_ns) for facts in dataset.files}
+    stamps = {facts.file: facts.stamp for facts in dataset.files}
     found = []
     for target, one in skips.items():
         file, start, stop = parse_target(target)
-        applies = files.get(file) == (one.size_bytes, one.mtime_ns)
+        applies = stamps.get(file) == one.stamp
         found.append(
             SkippedView(file=file, start=start, stop=stop, samples=stop - start, reason=one.reason, at_ms=one.at_ms, applies=applies)
         )

@@ -193,6 +193,40 @@ def test_a_skip_that_was_killed_is_repeated(stored: Settings, capsys: pytest.Cap
         assert len(events) == raw.hlen(f"dtr:{{{stored.job}}}:skips:numbers") == 1
 
 
+def test_a_skip_outlives_redis_though_no_checkpoint_knows_of_it(
+    stored: Settings, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Skipped after the last save, then Redis is emptied: the store has it, `dtr data show` tells without Redis, a rebuild puts it back."""
+    log, where = tmp_path / "log", ["--url", stored.redis_url, "--job", stored.job, "--json"]
+    with uploading(stored):
+        assert train(stored, log) == 0
+    assert main(["data", "skip", "numbers", "part-3.jsonl:0-5", "--reason", "bad", *where]) == 0
+    assert json.loads(capsys.readouterr().out)["in_store"] is True
+    store.put("skips/numbers/torn.json", b"{")
+    with redis.Redis.from_url(stored.redis_url) as raw:
+        for key in raw.scan_iter(f"dtr:{{{stored.job}}}:*"):
+            raw.delete(key)
+    there = ["data", "show", "numbers", "--store", str(stored.store), *where]
+    assert main(there) == 0
+    assert [one["reason"] for one in json.loads(capsys.readouterr().out)["skipped"]] == ["bad"]
+    assert main(["rebuild", "--from", str(stored.store), *where]) == 0
+    with redis.Redis.from_url(stored.redis_url, decode_responses=True) as raw:
+        assert list(raw.hgetall(f"dtr:{{{stored.job}}}:skips:numbers")) == ["part-3.jsonl:0-5"]
+
+
+def test_a_store_that_is_away_does_not_stand_against_a_skip(stored: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Redis has it, and it is said that the store has not: without one, and for a folder that is not the one of the job's runs."""
+    words = ["data", "skip", "numbers", "part-1.jsonl:3-7", "--reason", "bad", "--url", stored.redis_url, "--job", stored.job]
+    assert main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["new"], shown["in_store"], shown["note"]) == (True, False, "no store is known")
+    with uploading(stored):
+        assert train(stored, tmp_path / "log") == 0
+    assert main([*words, "--store", str(tmp_path / "other")]) == 0
+    assert "only Redis has it on record" in capsys.readouterr().out
+    assert not (tmp_path / "other" / stored.job / "skips").exists()
+
+
 def test_after_a_rebuild_the_lineage_tells(stored: Settings, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Redis emptied and filled by `dtr rebuild`: data set, skips and lineage are known again, and `which` goes by the store."""
     log, where = tmp_path / "log", ["--url", stored.redis_url, "--job", stored.job, "--json"]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 from dtr.config import Settings
+from dtr.datasets.consuming.datastate import Dynamic
+from dtr.datasets.consuming.ledger import Ledger
 from dtr.datasets.registering.registry import DatasetRegistry
-from dtr.errors import DtrError, RosterChanged, StateLost
+from dtr.errors import CoordinatorUnavailable, DtrError, RosterChanged, StateLost
 from dtr.state import scripts
+from dtr.state.job import JobState
 from dtr.state.scripts import load
 from tests.loading import Loading, LoadingRank, loading, once_each, write_lines
 from tests.proxy import Proxy
@@ -128,3 +132,37 @@ def test_a_reply_lost_to_any_script_of_the_ledger(settings: Settings, valkey: Re
         with loading(replace(settings, redis_url=f"redis://127.0.0.1:{proxy.port}/0"), 2) as job:
             assert len(set(job.train(batch_size=7))) == 1
             assert once_each(job.seen(), [*range(60), *range(70, SAMPLES)])
+
+
+def test_what_an_unheard_lease_was_granted_comes_with_the_next(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease takes effect and its answer is lost, twice; the next one tells of all that this rank holds, once, and of quarantine."""
+    registered(settings, tmp_path)
+    with loading(settings, 1) as job:
+        session = job.ranks[0].session
+        spec = job.ranks[0].registry.get("numbers").spec
+        ledger = Ledger(session, spec, 0)
+        ledger.open(Dynamic(version=spec.version, digest=spec.digest, seed=7))
+        session.state.redis.hset(ledger.quarantine_key, "1", "torn")
+        call, lost = JobState.call, 2
+
+        def unheard(self: JobState, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+            nonlocal lost
+            answer = call(self, script, keys, args)
+            if script == "ledger_lease" and lost:
+                lost -= 1
+                raise CoordinatorUnavailable("the reply was lost")
+            return answer
+
+        monkeypatch.setattr(JobState, "call", unheard)
+        for candidates in ([0, 1, 2], [3, 4]):
+            with pytest.raises(CoordinatorUnavailable):
+                ledger.lease(candidates, want=2, have=0, anything=False)
+        found = ledger.lease([5], want=1, have=0, anything=False)
+        assert [shard for shard, _ in found.shards] == [0, 2, 5]
+        assert (found.quarantined, found.dry) == ((1,), False)
+        assert [shard for shard, _ in ledger.lease(range(spec.shards), want=99, have=0, anything=True).shards] == [
+            3,
+            4,
+            *range(6, spec.shards),
+        ]
+        assert ledger.lease([], want=1, have=0, anything=True).dry

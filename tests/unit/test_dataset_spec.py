@@ -48,6 +48,12 @@ class TestShards:
         assert [len(shard) for shard in made.shards()] == [4, 4, 1, 3, 4]
         assert [shard.index for shard in made.shards()] == list(range(5))
 
+    def test_sizes_are_those_of_the_shards(self, tmp_path: Path) -> None:
+        """Asked one by one or all at once, without making a shard: full ones, rests, and files without samples in between and last."""
+        made = dataset(write(tmp_path, b=3, a=9, empty=0, sub__c=4, z=0))
+        wanted = [len(shard) for shard in made.shards()]
+        assert made.sizes().tolist() == [made.size_of(number) for number in range(made.spec.shards)] == wanted == [4, 4, 1, 3, 4]
+
     def test_shards_together_read_every_sample_once(self, tmp_path: Path) -> None:
         """Read by shard, the data set is what was written."""
         made = dataset(write(tmp_path, a=9, b=3))

@@ -47,12 +47,21 @@ def test_a_row_of_deterministic_mode_leaves_out_what_its_order_tells() -> None:
     assert Row(step=5, epoch=1, number=2).to_json() == [5, 1, 2]
 
 
+@pytest.mark.parametrize("tail", ["empty", "pad"])
+def test_the_ranks_rows_of_an_epoch_count_its_samples_once(tail: str) -> None:
+    """In deterministic mode, from the order alone: the last batch is short, or filled up with samples that were there before."""
+    origin = Origin(version=1, digest="x", mode="deterministic", global_batch_size=24, window=1, tail=tail, world_size=5)
+    rows = [Row(step=n, epoch=0, number=n) for n in range(5)]
+    assert sum(origin.samples_of(row, rank, 100) for row in rows for rank in range(5)) == 100
+    assert [origin.samples_of(rows[4], rank, 100) for rank in range(5)] == ([4, 0, 0, 0, 0] if tail == "pad" else [0, 1, 1, 1, 1])
+
+
 def test_the_origin_is_that_of_the_data_state() -> None:
     """In dynamic mode a version is all that matters; in deterministic mode, the sequence and the world that shares it."""
     cursor = Cursor(version=2, digest="e", seed=7, global_batch_size=10, window=64, tail="pad", epoch=1, batch=4)
     assert Origin.of(cursor, 3) == ORDERED
     assert Origin.of(Dynamic(version=1, digest="d", seed=9), 3) == DYNAMIC
-    assert [ORDERED.samples_of(Row(step=0, epoch=0, number=0, skipped=((1, 0, 1),)), rank) for rank in range(3)] == [2, 2, 3]
+    assert [ORDERED.samples_of(Row(step=0, epoch=0, number=0, skipped=((1, 0, 1),)), rank, 99) for rank in range(3)] == [2, 2, 3]
 
 
 def test_a_commit_lets_go_of_its_steps_alone() -> None:

@@ -43,6 +43,15 @@ def test_it_says_nothing_of_a_file_that_changed_or_is_gone() -> None:
     assert left_out(dataset(newer), {"a:b.npy:8-12": skip(), "gone.npy:0-1": skip()}) == {}
 
 
+def test_in_a_store_it_is_the_tag_that_tells_one_content_from_another() -> None:
+    """A file there has no time of modification, and one of the same size may be another."""
+    there = replace(FILES[0], mtime_ns=0, tag='"e1"')
+    target, record = checked(dataset((there, FILES[1])), "a:b.npy:3-4", "x", 5)
+    assert parse_skips({target: record.to_json()}) == {target: record}
+    assert left_out(dataset((there, FILES[1])), {target: record}) == {0: ((3, 4),)}
+    assert left_out(dataset((replace(there, tag='"e2"'), FILES[1])), {target: record}) == {}
+
+
 def test_merging_forgets_no_skip_and_does_not_depend_on_the_order() -> None:
     """Two ranks that learned at different times, and two records of one skip."""
     one, other = {"c.npy:0-1": skip(at_ms=5)}, {"c.npy:0-1": skip(at_ms=4), "c.npy:3-4": skip()}
@@ -67,7 +76,10 @@ def test_a_persons_word_is_checked() -> None:
             checked(dataset(), target, reason, 7)
 
 
-@pytest.mark.parametrize("record", [None, {}, {"reason": 1}, {**skip().to_json(), "at_ms": -1}, {**skip().to_json(), "mtime_ns": "1"}])
+@pytest.mark.parametrize(
+    "record",
+    [None, {}, {"reason": 1}, {**skip().to_json(), "at_ms": -1}, {**skip().to_json(), "mtime_ns": "1"}, {**skip().to_json(), "tag": 1}],
+)
 def test_a_record_that_is_none_is_refused(record: Any) -> None:
     """What a manifest holds is taken on no trust."""
     assert parse_skips({"c.npy:0-1": skip().to_json()}) == {"c.npy:0-1": skip()}

@@ -119,8 +119,7 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     after = commits if newest is None else [*commits, *(c for c, m in manifests.items() if m.decision == "abort" and c[1] > newest[1])]
     for name in sorted(after, key=lambda c: (c[1], c[0])):
         _index_checkpoint(state, state_id, manifests[name], url, pinned=notes.get(name, ""), retiring=name in holdings.retiring)
-    if newest is not None:
-        refill(state, store, manifests[newest].data)
+    refill(state, store, {} if newest is None else manifests[newest].data)
     log.info("job %s: %d runs and %d checkpoints of %s are indexed", state.job, len(found), len(after), url)
     return max((run_number(run) for run in holdings.every_run), default=0)
 

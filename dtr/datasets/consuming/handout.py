@@ -94,7 +94,7 @@ class Handout:
             self._sums[shard] = ranges.union(before, ((start, stop),))
         told: list[Any] = []
         for shard in dict.fromkeys(shard for shard, _, _ in given):
-            whole = self._sums[shard] == ((0, len(self._plan.dataset.shard(shard))),)
+            whole = self._sums[shard] == ((0, self._plan.dataset.size_of(shard)),)
             told += [shard, self._fences.get((epoch, shard), 0), "" if whole else ranges.format_ranges(self._sums[shard])]
         return told
 

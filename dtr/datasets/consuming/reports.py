@@ -30,6 +30,7 @@ __all__ = ["Reports"]
 log = logging.getLogger(__name__)
 
 MOST_UNANSWERED: Final = 1000  # older ones are forgotten: what they said is part of later ones, or is said again by other ways
+READ_BYTES: Final = 65_536
 LOOK_S: Final = 0.25
 SILENT_LOOKS: Final = 20  # after which a connection without an answer is taken for lost
 SCRIPTS: Final = ("ledger_report", "ckpt_data", "journal_note", "speed_note", "ledger_quarantine")
@@ -146,10 +147,12 @@ class Reports:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
         with contextlib.suppress(BlockingIOError):
             while True:
-                chunk = self._socket.recv(65_536)
+                chunk = self._socket.recv(READ_BYTES)
                 if not chunk:
                     raise rx.ConnectionError("the server closed the connection")
                 self._reader.feed(chunk)
+                if len(chunk) < READ_BYTES:  # that was all, or the next exchange has the rest: asking again is what would cost most
+                    break
         while (answer := self._reader.gets()) is not False:
             self._answered(answer)
 

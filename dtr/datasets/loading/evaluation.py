@@ -90,7 +90,7 @@ class Evaluation:
         self._check()
         self._skipping.look()
         plan, run = self.plan, self._run
-        sizes = np.array([len(shard) for shard in plan.dataset.shards()], dtype=np.int64)
+        sizes = plan.dataset.sizes()
         for epoch in range(plan.epochs or 1):
             order = EpochOrder.of(sizes, seed=plan.seed, epoch=epoch, shuffle=plan.mode == "deterministic", window=plan.window)
             for number in range(steps_of(plan, run.world_size)):

@@ -256,7 +256,7 @@ class _Epoch:
 
     def _first(self) -> tuple[SampleRange, ...]:
         """What a rank repeats that was given nothing."""
-        return ((0, 0, min(self._plan.batch_size, len(self._plan.dataset.shard(0)))),)
+        return ((0, 0, min(self._plan.batch_size, self._plan.dataset.size_of(0))),)
 
     def _drop(self) -> None:
         """The epoch is over: what this rank holds and no batch will have is on record."""
@@ -320,7 +320,7 @@ def _members(numbers: ranges.Ranges, size: int) -> np.ndarray[tuple[int], np.dty
 def deterministic_orders(plan: Plan, base: Cursor, around: Surroundings) -> Orders:
     """This rank's shares of the global batches from ``base`` on. The sequence of global batches is the same in every world size."""
     dataset, run = plan.dataset, around.session.run
-    sizes = np.array([len(shard) for shard in dataset.shards()], dtype=np.int64)
+    sizes = dataset.sizes()
     epoch, number = base.epoch, base.batch
     while plan.epochs is None or epoch < plan.epochs:
         order = EpochOrder.of(sizes, seed=plan.seed, epoch=epoch, shuffle=dataset.spec.shuffle, window=plan.window)

@@ -142,7 +142,7 @@ class Reader:
         source = columns
         if not given:
             number, whole = self._any()
-            size = min(missing, len(self.dataset.shard(number)))
+            size = min(missing, self.dataset.size_of(number))
             given, source = ((number, 0, size),), {column: values[:size] for column, values in whole.items()}
         places = [(shard, at) for shard, start, stop in given for at in range(start, stop)]
         index: NDArray[np.int64] = np.arange(missing) % len(places)

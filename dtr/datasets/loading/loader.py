@@ -88,7 +88,7 @@ class Loader:
     def _begin(self, base: DataState) -> None:
         plan = self.plan
         self.base = base
-        self.consumption = Consumption(base, lambda shard: len(plan.dataset.shard(shard)), lambda: self._skipping.known)
+        self.consumption = Consumption(base, plan.dataset.size_of, lambda: self._skipping.known)
         self._handout = Handout(self._session, plan, base, self._reports, self._samples)
         self._reader = Reader(plan, self.reading, lanes=self._lanes)
         self._around = Surroundings(

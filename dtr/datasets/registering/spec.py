@@ -13,7 +13,9 @@ from io import BufferedReader
 from typing import Any
 from urllib.parse import quote, unquote
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from dtr.datasets.formats import Columns, Format, Span, format_of_fields
 from dtr.datasets.sources.cache import EXHAUSTED
@@ -296,6 +298,20 @@ class Dataset:
             span=Span(start=start, stop=stop, first_byte=first_byte, end_byte=end_byte),
             stamp=facts.stamp,
         )
+
+    def size_of(self, index: int) -> int:
+        """Samples in the shard of this number, which must be there: asked at every batch, so no shard is made for it."""
+        size = self.spec.shard_size
+        number = bisect.bisect_right(self.first_shards, index) - 1
+        return min(size, self.files[number].samples - (index - self.first_shards[number]) * size)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Samples in each shard, by number."""
+        size, found = self.spec.shard_size, np.full(self.spec.shards, self.spec.shard_size, dtype=np.int64)
+        samples = np.array([facts.samples for facts in self.files], dtype=np.int64)
+        ends, filled = np.array(self.first_shards[1:], dtype=np.int64), samples > 0
+        found[ends[filled] - 1] = (samples[filled] - 1) % size + 1
+        return found
 
     def shards(self) -> Iterator[Shard]:
         """Every shard in order."""

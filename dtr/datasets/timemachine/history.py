@@ -286,7 +286,7 @@ class History:
         """The order of an epoch, made once for all ranks."""
         key = (dataset.spec.digest, origin, epoch)
         if key not in self._orders:
-            sizes = np.array([len(shard) for shard in dataset.shards()], dtype=np.int64)
+            sizes = dataset.sizes()
             self._orders[key] = EpochOrder.of(sizes, seed=origin.seed, epoch=epoch, shuffle=dataset.spec.shuffle, window=origin.window)
         return self._orders[key]
 

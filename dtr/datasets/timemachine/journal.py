@@ -108,12 +108,17 @@ class Origin:
             window=state.window, tail=state.tail, world_size=world_size,
         )  # fmt: skip
 
-    def samples_of(self, row: Row, rank: int) -> int:
-        """How many samples a rank's row has; in deterministic mode at most so many, since the last batch may be short."""
+    def samples_of(self, row: Row, rank: int, total_samples: int) -> int:
+        """How many samples a rank's row has, none of them repeated; an epoch has ``total_samples``, so its last batch may be short.
+
+        In deterministic mode what could not be read counts as if it had been.
+        """
         if self.mode != "deterministic":
             return samples_of(row.ranges)
-        start, stop = share(self.global_batch_size, self.world_size, rank)
-        return stop - start - samples_of(row.skipped)
+        left = max(0, total_samples - row.number * self.global_batch_size)
+        size = self.global_batch_size if self.tail == "pad" else min(self.global_batch_size, left)
+        start, stop = share(size, self.world_size, rank)
+        return max(0, min(stop, left) - start) - samples_of(row.skipped)
 
     def to_json(self) -> dict[str, Any]:
         """Without what is empty in dynamic mode."""
@@ -170,12 +175,14 @@ class Journal:
     rows: dict[str, deque[tuple[int, list[Any]]]] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
 
-    def add(self, name: str, origin: Origin, row: Row, world_size: int = 1) -> None:
-        """A batch of data set ``name`` was consumed, in a run of so many ranks."""
+    def add(self, name: str, origin: Origin, row: Row, world_size: int = 1) -> list[Any]:
+        """A batch of data set ``name`` was consumed, in a run of so many ranks; the row as it stands everywhere."""
         self.origins[name] = origin
         if name not in self.rows:
             self.rows[name] = deque(maxlen=max(1, min(MOST_ROWS[0], MOST_ROWS[1] // world_size)))
-        self.rows[name].append((row.step, row.to_json()))
+        told = row.to_json()
+        self.rows[name].append((row.step, told))
+        return told
 
     def forget(self, step: int) -> None:
         """Let go of what a committed checkpoint of ``step`` has."""

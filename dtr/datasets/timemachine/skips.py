@@ -17,6 +17,7 @@ from dtr import names
 from dtr.datasets.consuming import ranges
 from dtr.datasets.consuming.ranges import Ranges
 from dtr.datasets.registering.spec import Dataset
+from dtr.datasets.sources.copies import Stamp
 from dtr.errors import InvalidInput
 
 __all__ = ["Skip", "Skips", "checked", "left_out", "merged_skips", "parse_skips", "parse_target"]
@@ -31,17 +32,24 @@ class Skip:
     Args:
         at_ms: since when, by the coordinator's clock.
         reason: for people, one line.
-        size_bytes, mtime_ns: of the file as it was then; of another file it says nothing.
+        size_bytes, mtime_ns, tag: the stamp of the file as it was then; of another file it says nothing.
     """
 
     at_ms: int
     reason: str
     size_bytes: int
     mtime_ns: int
+    tag: str = ""
+
+    @property
+    def stamp(self) -> Stamp:
+        """What a file must have for this to be about it."""
+        return Stamp(size_bytes=self.size_bytes, mtime_ns=self.mtime_ns, tag=self.tag)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in data states."""
-        return {"at_ms": self.at_ms, "reason": self.reason, "size_bytes": self.size_bytes, "mtime_ns": self.mtime_ns}
+        """As it stands in data states; a file on disk has no tag."""
+        facts = {"at_ms": self.at_ms, "reason": self.reason, "size_bytes": self.size_bytes, "mtime_ns": self.mtime_ns}
+        return facts | ({"tag": self.tag} if self.tag else {})
 
     def to_text(self) -> str:
         """As it stands in Redis."""
@@ -55,8 +63,11 @@ class Skip:
         mtime_ns = document.get("mtime_ns")
         if type(mtime_ns) is not int:
             raise InvalidInput(f"mtime_ns must be an integer, got {str(mtime_ns)[:60]!r}", field="skips")
+        tag = document.get("tag", "")
+        if not isinstance(tag, str):
+            raise InvalidInput(f"tag must be text, got {str(tag)[:60]!r}", field="skips")
         numbers = {key: names.step(document.get(key), key) for key in ("at_ms", "size_bytes")}
-        return cls(reason=document["reason"], mtime_ns=mtime_ns, **numbers)
+        return cls(reason=document["reason"], mtime_ns=mtime_ns, tag=tag, **numbers)
 
 
 Skips = Mapping[str, Skip]  # FILE:START-STOP -> why
@@ -84,7 +95,8 @@ def checked(dataset: Dataset, text: str, reason: str, at_ms: int) -> tuple[str, 
     clean = " ".join("".join(letter if letter.isprintable() else " " for letter in reason).split())[:500]
     if not clean:
         raise InvalidInput("reason must say why the samples are left out, for those who wonder later", field="reason")
-    return f"{file}:{start}-{stop}", Skip(at_ms=at_ms, reason=clean, size_bytes=facts.size_bytes, mtime_ns=facts.mtime_ns)
+    skip = Skip(at_ms=at_ms, reason=clean, size_bytes=facts.size_bytes, mtime_ns=facts.mtime_ns, tag=facts.tag)
+    return f"{file}:{start}-{stop}", skip
 
 
 def left_out(dataset: Dataset, skips: Skips) -> dict[int, Ranges]:
@@ -94,7 +106,7 @@ def left_out(dataset: Dataset, skips: Skips) -> dict[int, Ranges]:
     for target, skip in skips.items():
         file, start, stop = parse_target(target)
         number, facts = files.get(file, (0, None))
-        if facts is None or (facts.size_bytes, facts.mtime_ns) != (skip.size_bytes, skip.mtime_ns):
+        if facts is None or facts.stamp != skip.stamp:
             continue
         size, first = dataset.spec.shard_size, dataset.first_shards[number]
         for within in range(start // size, -(-min(stop, facts.samples) // size)):
