@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import redis
 
+from dtr.state.keys import Keys
 from tests.disturbing import Job, disturb, drawn, training
 from tests.oracle import Verdict, judge, sequence
 from tests.oracle_trainer import COLUMNS, Task
@@ -76,26 +79,38 @@ def test_each_sample_once_through_sixty_events(job: str, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("rank", "fault", "taken"),
+    ("rank", "step", "fault", "taken"),
     [
-        (1, "save.before_share", 5), (1, "save.after_stage", 10), (2, "load.after_lease", 10),
-        pytest.param(0, "stage.after_staged_record", 10, marks=pytest.mark.soak),
-        pytest.param(0, "stage.mid_copy", 5, marks=pytest.mark.soak),
-        pytest.param(2, "load.before_report", 10, marks=pytest.mark.soak),
-        pytest.param(2, "load.after_report", 10, marks=pytest.mark.soak),
+        (1, 10, "save.before_share", 5), (1, 10, "save.after_stage", 10), (2, 11, "load.after_lease", 10),
+        pytest.param(0, 10, "stage.after_staged_record", 10, marks=pytest.mark.soak),
+        pytest.param(0, 10, "stage.mid_copy", 5, marks=pytest.mark.soak),
+        pytest.param(2, 11, "load.before_report", 10, marks=pytest.mark.soak),
+        pytest.param(2, 11, "load.after_report", 10, marks=pytest.mark.soak),
     ],
 )  # fmt: skip
-def test_a_kill_at_any_point_of_a_save_or_a_lease(valkey: RedisServer, job: str, tmp_path: Path, rank: int, fault: str, taken: int) -> None:
-    """Given a rank that dies at step 10, its share of that save told or not, then the cut that is restored has all shares or is older."""
+def test_a_kill_at_any_point_of_a_save_or_a_lease(
+    valkey: RedisServer, job: str, tmp_path: Path, rank: int, step: int, fault: str, taken: int
+) -> None:
+    """Given a rank that dies in or after the save of step 10, its share told or not, then what is restored has all shares or is older."""
     task = Task(samples=450, epochs=2, shard_size=20)
     with training(valkey, job, tmp_path / "job", task, size=0, high=3, low=3, ttl_s=30) as three:
         for n in range(3):
-            three.start(f"w{n}", RANK=str(n), DTR_TESTING="1", DTR_TEST_FAULT=f"{rank}:10:{fault}=kill")
+            three.start(f"w{n}", RANK=str(n), DTR_TESTING="1", DTR_TEST_FAULT=f"{rank}:{step}:{fault}=kill")
         eventually(lambda: three.children[f"w{rank}"].poll() is not None, timeout_s=60, what="the kill")
+        eventually(lambda: waiting(three) == 2, timeout_s=60, what="the others, past their save of step 10, at the next barrier")
         three.wait()
         verdict(three)
         lineage = json.loads((three.folder / "lineage.json").read_text())
     assert lineage[0][1] == taken
+
+
+def waiting(job: Job) -> int:
+    """How many trainers are at a barrier of the first run that comes after the save of step 10."""
+    with closing(redis.Redis.from_url(job.server.url, decode_responses=True)) as client:
+        keys = Keys(job.name)
+        run = client.hget(keys.meta, "run") or ""
+        found = [client.hmget(keys.barrier("gradients", run, step).round, "state", "arrived") for step in range(11, 15)]
+    return next((int(arrived) for state, arrived in found if state == "OPEN"), 0)
 
 
 @pytest.mark.soak

@@ -18,6 +18,7 @@ from numpy.testing import assert_array_equal
 
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.restoring import restore
+from dtr.checkpoint.restoring.agreement import Agreement
 from dtr.checkpoint.restoring.attempts import quarantined, tallies
 from dtr.checkpoint.staging.slots import scan
 from dtr.cli import main
@@ -248,6 +249,22 @@ class TestInto:
             assert "only selects nothing" in str(errors[0])
             found = job.each(lambda rank: rank.manager.restore(only=["model/w", "step"]))
             assert [(list(f.state), list(f.state["model"]), f.state["step"]) for f in found] == [(["model", "step"], ["w"], 1)] * 2
+
+    @pytest.mark.parametrize("wrong", [{"only": "modell/*"}, {"into": {"w": 3}}])
+    def test_who_looks_after_the_no_of_another(
+        self, settings: Settings, store: Path, uploads: Uploads, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+    ) -> None:
+        """Given ranks that ask for the same impossible thing, then both are told so, though one's no ended it before the other looked."""
+        with running(settings, store, 2) as job:
+            save(job, 1)
+        with running(settings, store, 2) as job:
+            vote_on = Agreement._vote_on
+            monkeypatch.setattr(
+                Agreement, "_vote_on",
+                lambda self, answer: self._wait_for_news(answer) if self._run.rank else vote_on(self, answer),
+            )  # fmt: skip
+            for error in job.each(lambda rank: rank.manager.restore(**wrong)):
+                assert isinstance(error, InvalidInput), error
 
 
 class TestReplicatedInPart:

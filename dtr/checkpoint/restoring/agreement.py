@@ -68,6 +68,7 @@ class Agreement:
         offer: what this rank could read.
         fresh: this rank goes on without a checkpoint if there is none at all.
         read: reads and verifies a candidate of the offer; raises DtrError if it cannot be restored, InvalidInput if none can be.
+        check_asked: raises InvalidInput if a candidate of the offer cannot be read as this rank asked; looks at headers alone.
         fix_base: what rank 0 does when all agreed; None: nothing to continue.
         patience_s: the others may go on this long without news before this rank gives up.
     """
@@ -81,12 +82,13 @@ class Agreement:
         offer: Offer,
         fresh: bool,
         read: Callable[[Candidate], Any],
+        check_asked: Callable[[Candidate], None],
         fix_base: Callable[[Checkpoint | None], None],
         patience_s: float,
     ) -> None:
         self._session, self._exchange, self._run = session, exchange, session.run
         self._attempt, self._offer, self._fresh = attempt, offer, fresh
-        self._read, self._fix_base, self._patience_s = read, fix_base, patience_s
+        self._read, self._check_asked, self._fix_base, self._patience_s = read, check_asked, fix_base, patience_s
         self._wake_id = self._run.wake_id
         self._choice = ""  # what this rank votes about
         self._no, self._damaged = "", False
@@ -240,6 +242,8 @@ class Agreement:
     def _verdict(self, answer: Answer) -> DtrError:
         if answer.state == "BASED":
             return BaseIsSet(f"run {self._run.id} continues something already", run=self._run.id)
+        if answer.state == "FAILED" and self._refusal is None:
+            self._refusal = self._refusal_of_newest()
         if self._refusal is not None:
             self._refusal.facts["final"] = True
             return self._refusal
@@ -252,6 +256,17 @@ class Agreement:
         if self._offer.misfit:
             return WorldSizeMismatch(self._offer.misfit, run=self._run.id, final=True)
         return restore_failed(answer.reasons)
+
+    def _refusal_of_newest(self) -> DtrError | None:
+        """Another rank's no may have ended it before this one looked; that it asked for the impossible too is told all the same."""
+        for candidate in self._offer.candidates[:1]:
+            try:
+                self._check_asked(candidate)
+            except InvalidInput as exc:
+                return exc
+            except DtrError as exc:
+                log.info("%s could not be looked at any more: %s", candidate.name, exc)
+        return None
 
 
 class BaseIsSet(CheckpointError):

@@ -27,7 +27,7 @@ from dtr.checkpoint.restoring.source import OBJECT_THREADS, PieceSource
 from dtr.errors import IntegrityError
 from dtr.store.pieces import Piece, move
 
-__all__ = ["Tee", "new_memory", "read_bytes", "read_state"]
+__all__ = ["Tee", "check_asked", "new_memory", "read_bytes", "read_state"]
 
 _WINDOW_BYTES: Final = 8 << 20
 _MEMORY_THREADS: Final = 4
@@ -62,14 +62,25 @@ def read_state(
         source.check()
     if len(sources) == 1 and only is None and into is None:
         return _all(sources, rank, world_size, tee)
-    whole = _whole(scattered.headers_of(sources), rank)
+    whole, spec = _selected(sources, rank, world_size, only, into)
     if into is None:
-        spec = whole.spec if only is None else prune(whole.spec, only)
-        check_fits(whole, spec, world_size)
         return unflatten(spec, scattered.read(sources, _wanted(whole, spec)))
-    spec = whole.spec if only is None else prune(whole.spec, only, LEFT_OUT)
-    check_fits(whole, spec, world_size)
     return _filled(sources, whole, spec, into, partial=only is not None)
+
+
+def check_asked(sources: Mapping[int, Source], *, rank: int, world_size: int, only: Patterns | None = None, into: Any = None) -> None:
+    """Raise what :func:`read_state` would about ``only`` and ``into``; reads the headers alone, and changes nothing."""
+    whole, spec = _selected(sources, rank, world_size, only, into)
+    if into is not None:
+        _matched(whole, spec, into, partial=only is not None)
+
+
+def _selected(sources: Mapping[int, Source], rank: int, world_size: int, only: Patterns | None, into: Any) -> tuple[Whole, Any]:
+    """Where all is, and the tree of what was asked for."""
+    whole = _whole(scattered.headers_of(sources), rank)
+    spec = whole.spec if only is None else prune(whole.spec, only, None if into is None else LEFT_OUT)
+    check_fits(whole, spec, world_size)
+    return whole, spec
 
 
 def _all(sources: Mapping[int, Source], rank: int, world_size: int, tee: Tee | None) -> Any:
@@ -121,10 +132,14 @@ def _wanted(whole: Whole, spec: Any) -> list[Located]:
     return [whole.tensors[name] for name in mentioned(spec, whole.tensors.keys())]
 
 
-def _filled(sources: Mapping[int, Source], whole: Whole, spec: Any, into: Any, *, partial: bool) -> Any:
+def _matched(whole: Whole, spec: Any, into: Any, *, partial: bool) -> tuple[list[Located], dict[str, Bytes], fill.Filling]:
     wanted = _wanted(whole, spec)
     memory = _beside(wanted)
-    filling = fill.match(spec, {t.place.name: _tensor(t, memory) for t in wanted}, into, partial=partial)
+    return wanted, memory, fill.match(spec, {t.place.name: _tensor(t, memory) for t in wanted}, into, partial=partial)
+
+
+def _filled(sources: Mapping[int, Source], whole: Whole, spec: Any, into: Any, *, partial: bool) -> Any:
+    wanted, memory, filling = _matched(whole, spec, into, partial=partial)
     items: dict[int, list[tuple[int, memoryview]]] = {rank: [] for rank in sources}
     for located in wanted:
         view = filling.memory.get(located.place.name)

@@ -21,7 +21,7 @@ from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.restoring import scattered
 from dtr.checkpoint.restoring.cache import Cache
 from dtr.checkpoint.restoring.contract import Source, Where
-from dtr.checkpoint.restoring.fetch import read_state
+from dtr.checkpoint.restoring.fetch import check_asked, read_state
 from dtr.checkpoint.restoring.source import Pieces, PieceSource, source_of
 from dtr.checkpoint.staging.memory import mapped_here
 from dtr.checkpoint.staging.slots import Found, holds, open_for_reading, scan_job
@@ -108,6 +108,12 @@ class Nearby:
             except WorldSizeMismatch as exc:
                 return exc.message
         return ""
+
+    def check_asked(self, parts: Iterable[Part], *, rank: int, world_size: int, only: Patterns | None, into: Any) -> None:
+        """Raise InvalidInput if ``only`` or ``into`` do not fit these parts; reads no more than their headers."""
+        with contextlib.ExitStack() as stack:
+            sources = {part.facts.rank: stack.enter_context(contextlib.closing(self._nearest(part, set()))) for part in parts}
+            check_asked(sources, rank=rank, world_size=world_size, only=only, into=into)
 
     def read(self, parts: Iterable[Part], *, rank: int, world_size: int, only: Patterns | None = None, into: Any = None) -> Read:
         """Read the state of ``rank`` from the nearest places. A slot or cache entry that turns out to be damaged or gone is passed over.

@@ -98,6 +98,12 @@ class Reader:
         wish = self.wish
         return nearby.read(candidate.parts, rank=wish.rank, world_size=wish.world_size, only=wish.only, into=self.into)
 
+    def check_asked(self, nearby: Nearby, candidate: Candidate) -> None:
+        """Raise InvalidInput if what is wished for cannot be had of this candidate."""
+        wish = self.wish
+        if wish.only is not None or self.into is not None:
+            nearby.check_asked(candidate.parts, rank=wish.rank, world_size=wish.world_size, only=wish.only, into=self.into)
+
 
 def restore_run(session: Session, reader: Reader, *, attempt: int) -> Restored | None:
     """Restore the session's run; collective: returns on every rank, with the same checkpoint, when what the run continues is fixed.
@@ -131,8 +137,8 @@ def restore_run(session: Session, reader: Reader, *, attempt: int) -> Restored |
         persist(lambda: wait_until_settled(session, exchange, store, url))
         reached = Agreement(
             session, exchange, attempt=attempt, offer=persist(lambda: _offer(session, reader, nearby)), fresh=reader.fresh and step is None,
-            read=partial(reader.read, nearby), fix_base=lambda chosen: persist(lambda: base.fix(session, store, url, chosen)),
-            patience_s=session.settings.form_timeout_s,
+            read=partial(reader.read, nearby), check_asked=partial(reader.check_asked, nearby),
+            fix_base=lambda chosen: persist(lambda: base.fix(session, store, url, chosen)), patience_s=session.settings.form_timeout_s,
         ).reach()  # fmt: skip
     except BaseIsSet:
         base.know(session, url)
