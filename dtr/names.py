@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ _BEST: Final = re.compile(r"([^\s:,]{1,64}):(min|max):([1-9][0-9]{0,5})")
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62})?", re.ASCII)
 MAX_STEP: Final = 2**53 - 1  # an integer that a double, and so Redis, holds exactly
 
-__all__ = ["MAX_STEP", "best_rules", "job_name", "name", "positive", "rank", "step"]
+__all__ = ["MAX_STEP", "best_rules", "host", "job_name", "name", "positive", "rank", "seconds", "step"]
 
 
 def _shown(value: Any) -> str:
@@ -60,6 +61,20 @@ def positive(value: Any, field: str, high: int = MAX_STEP) -> int:
 def rank(value: Any, world_size: int, field: str = "rank") -> int:
     """A rank: an integer from 0 to world_size - 1."""
     return _integer(value, field, 0, world_size - 1, f"an integer from 0 to world_size - 1 = {world_size - 1}")
+
+
+def seconds(value: Any, field: str) -> float:
+    """A time to wait: a finite number from 0."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
+        return float(value)
+    raise InvalidInput(f"{field} must be a finite number of seconds from 0, got {_shown(value)}", field=field)
+
+
+def host(value: Any, field: str) -> str:
+    """A host name or an IP address, for people: 1 to 255 printable characters without white space."""
+    if isinstance(value, str) and 0 < len(value) <= 255 and value.isascii() and value.isprintable() and " " not in value:
+        return value
+    raise InvalidInput(f"{field} must be a host name or an IP address, got {_shown(value)}", field=field)
 
 
 def best_rules(value: Any, field: str = "keep_best") -> tuple[tuple[str, str, int], ...]:

@@ -62,7 +62,7 @@ class Session:
         clock: Clock = SYSTEM,
     ) -> None:
         self.settings = settings
-        self.worker_id = names.name(worker_id or f"{socket.gethostname().split('.')[0]}-{os.getpid()}", "worker_id")
+        self.worker_id = names.name(f"{socket.gethostname().split('.')[0]}-{os.getpid()}" if worker_id is None else worker_id, "worker_id")
         names.positive(world.high, "world_size", 100_000)
         names.positive(world.low, "world_size", world.high)
         self.asked_rank = None if rank is None else names.rank(rank, world.high)
@@ -84,6 +84,7 @@ class Session:
         self._last_run = ""
         self._barriers: Barriers | None = None
         self._ended: RosterChanged | StaleIncarnation | None = None
+        self._closed = False
         self.attached: dict[str, Any] = {}  # what stands on this membership and ends with it, such as the data plane
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class Session:
 
     def start(self) -> Session:
         """Join the job and begin to beat. Does nothing if it has started."""
-        self._check_process()
+        self._check_open()
         self.host = host_id(self.settings.staging)
         self._announce()
         _live[(self.settings.redis_url, self.settings.job)] = self
@@ -106,6 +107,7 @@ class Session:
         """Leave the job: the run ends for the others, with this reason. Safe to call twice."""
         if self.pid != os.getpid():
             return
+        self._closed = True
         if Session.current(self.settings.redis_url, self.settings.job) is self:
             _live.pop((self.settings.redis_url, self.settings.job), None)
         self._presence.close(reason, depart_now=not isinstance(self._ended, StaleIncarnation))
@@ -136,12 +138,19 @@ class Session:
         if run is None or answered == run.id or self._forming or self._ended is not None:
             return
         try:
-            ended = why_ended(self.state, run.id)
+            ended = self._why_ended(run)
         except Unavailable:
             return  # the next call under the run will learn it
         with self._lock:
             if ended is not None and self._run is run and not self._forming and self._ended is None:
                 self._ended = ended
+
+    def _why_ended(self, run: Run) -> RosterChanged | StaleIncarnation | None:
+        """Who departed from ``run``, and why; None if it is open. If that was this very process, it must not go on."""
+        ended = why_ended(self.state, run.id)
+        if ended is not None and ended.worker == self.worker_id:
+            return self._stale(StaleIncarnation(f"{self.worker_id} must not go on: it departed from run {run.id}"))
+        return ended
 
     def _state_lost(self, detail: str, known: Identity) -> None:
         """Redis forgot this member: it registers again; the run is over and the next form() makes another."""
@@ -166,9 +175,14 @@ class Session:
         if self.pid != os.getpid():
             raise ForkedProcess(f"this session belongs to process {self.pid}; create a new one in process {os.getpid()}")
 
-    def check(self) -> None:
-        """Raise what is known to stand against going on: ForkedProcess, StaleIncarnation, RosterChanged."""
+    def _check_open(self) -> None:
         self._check_process()
+        if self._closed:
+            raise NotJoined(f"{self.worker_id} has left job {self.settings.job}: make a new agent to join it again")
+
+    def check(self) -> None:
+        """Raise what is known to stand against going on: ForkedProcess, NotJoined after close(), StaleIncarnation, RosterChanged."""
+        self._check_open()
         if self._ended is not None:
             raise self._ended
 
@@ -200,11 +214,11 @@ class Session:
 
     def form(self, timeout_s: float | None = None) -> Run:
         """Become part of the next run, together with every other member; see :func:`dtr.runs.form`."""
-        self._check_process()
+        self._check_open()
         if isinstance(self._ended, StaleIncarnation):
             raise self._ended
         _ = self.identity
-        deadline = self.clock.monotonic() + (self.settings.form_timeout_s if timeout_s is None else timeout_s)
+        deadline = self.clock.monotonic() + (self.settings.form_timeout_s if timeout_s is None else names.seconds(timeout_s, "timeout_s"))
         self._forming = True
         try:
             with self.page.waiting("forming"):
@@ -252,7 +266,7 @@ class Session:
         run, barriers = self.run, self._barriers
         if barriers is None:
             raise NotJoined(f"{self.worker_id} is in no run: call form() first")
-        timeout = self.settings.barrier_timeout_s if timeout_s is None else timeout_s
+        timeout = self.settings.barrier_timeout_s if timeout_s is None else names.seconds(timeout_s, "timeout_s")
         with self.page.waiting(f"barrier {name}"):
             wanted = self.guarded(lambda: barriers.wait(name, timeout_s=timeout, members=members))
         if wanted == "form":
@@ -280,12 +294,14 @@ class Session:
                 self.check()
             raise self._stale(exc) from None
         except BarrierBroken as exc:
-            self._ended = why_ended(self.state, self.run.id) or exc
+            self._ended = self._why_ended(self.run) or exc
+            if isinstance(self._ended, StaleIncarnation):
+                raise self._ended from None
             raise
         except RosterChanged as exc:
-            if self._run is not about:
+            if about is None or self._run is not about:
                 raise
-            ended = why_ended(self.state, self.run.id) or exc
+            ended = self._why_ended(about) or exc
             with self._lock:
                 if self._run is about:
                     self._ended = ended

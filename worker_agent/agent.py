@@ -75,7 +75,7 @@ class Agent(Loading):
         asked = rank if rank is not None else (launcher.rank if world_size is None else None)
         self._session = Session(
             self.settings,
-            worker_id=worker_id or launcher.worker_id,
+            worker_id=launcher.worker_id if worker_id is None else worker_id,
             rank=asked,
             world=world,
             launcher=launcher.socket,
@@ -107,9 +107,9 @@ class Agent(Loading):
 
     async def register_worker(self, ip: str = "", port: int = 0) -> Self:
         """:meth:`start` for asyncio users, with the trainer's address for people; the event loop goes on meanwhile."""
-        if not 0 <= port <= 65_535 or isinstance(port, bool):
+        if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port <= 65_535:
             raise InvalidInput(f"port must be an integer from 0 to 65535, got {port!r}", field="port")
-        self._session.address = f"{ip}:{port}" if ip else ""
+        self._session.address = "" if ip == "" else f"{names.host(ip, 'ip')}:{port}"
         return await asyncio.to_thread(self.start)
 
     def form(self, timeout_s: float | None = None) -> Self:
@@ -227,16 +227,18 @@ class Agent(Loading):
 
         Raises:
             StaleIncarnation, RosterChanged: this process may not go on, as a beat learned.
-            InvalidInput: the batch was reported before, or is none of this run's.
+            InvalidInput: the batch was reported before, or is none of this run's; the step does not grow; the loss is no number. Nothing
+                was reported then.
         """
         self._session.check()
+        shown = _loss(loss)
         number = self._step + 1 if step is None else names.step(step)
         if number <= self._step:
             raise InvalidInput(f"step must grow: got {number} after {self._step}", field="step")
         if batch is not None and (plane := self._plane) is not None:
             plane.consumed(batch, number)
         self._step = number
-        self._session.page.write(number, "training", math.nan if loss is None else float(loss))
+        self._session.page.write(number, "training", shown)
         return number
 
     @contextlib.contextmanager
@@ -314,6 +316,16 @@ class Agent(Loading):
         from dtr.checkpoint.keeping.rebuild import rebuild
 
         return rebuild(self._session.state, str(self.settings.store), state_id=state_id)
+
+
+def _loss(given: Any) -> float:
+    """What is shown; a tensor or array of one value is a number too."""
+    if given is None:
+        return math.nan
+    if not isinstance(given, str | bytes):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(given)
+    raise InvalidInput(f"loss must be a number, got {given!r:.60}", field="loss")
 
 
 def _world(given: int | tuple[int, int] | None, launcher: LauncherEnvironment) -> World:

@@ -93,11 +93,11 @@ def connect(url: str, *, name: str, timeout_s: float = COMMAND_TIMEOUT_S, retrie
         protocol=2,
         socket_connect_timeout=timeout_s,
         socket_timeout=timeout_s,
-        socket_keepalive=True,
         health_check_interval=10,
         max_connections=max_connections,
         retry=retry,
         retry_on_error=[rx.ConnectionError, rx.TimeoutError, rx.BusyLoadingError, rx.ReadOnlyError],
+        **_kept_alive(url),
     )
 
 
@@ -110,12 +110,17 @@ def connect_blocking(url: str, *, name: str, block_s: float) -> redis.Redis:
         protocol=2,
         socket_connect_timeout=COMMAND_TIMEOUT_S,
         socket_timeout=block_s + 5,
-        socket_keepalive=True,
         health_check_interval=0,
         max_connections=4,
         retry=Retry(ExponentialWithJitterBackoff(), 0),
         retry_on_error=[],
+        **_kept_alive(url),
     )
+
+
+def _kept_alive(url: str) -> dict[str, bool]:
+    """Keepalive is TCP's: the connection of a Unix socket knows no such option."""
+    return {} if url.startswith("unix:") else {"socket_keepalive": True}
 
 
 @contextlib.contextmanager

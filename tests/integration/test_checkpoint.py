@@ -60,6 +60,12 @@ class TestSaving:
         assert (found.run, found.step) == (handle.run, 3)
         assert_is(found.state, 3)
 
+    def test_who_waits_in_vain_is_told_for_what(self, manager: CheckpointManager) -> None:
+        """Without an uploader nothing is decided; the error names the save and the command that tells more."""
+        handle = manager.save_async(b"state", 4)
+        with pytest.raises(TimeoutError, match=rf"step 4 in run {handle.run} is not decided after 0.05 s; .*dtr ckpt show {handle.run} 4"):
+            handle.durable.result(timeout=0.05)
+
     def test_can_be_awaited(self, manager: CheckpointManager, uploads: Uploads) -> None:
         """``await`` gives the handle itself once the state is staged; ``durable`` can be awaited through asyncio as well."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from dtr.errors import (
     InvalidInput,
     NotJoined,
     RosterChanged,
+    StaleIncarnation,
     StoreUnavailable,
 )
 from dtr.runs import World
@@ -296,3 +298,80 @@ def test_failed_starts_leave_no_pages_behind(tmp_path: Path, make_session: Make,
     assert len(list(tmp_path.glob("page-*"))) == 1
     session.close()
     assert list(tmp_path.glob("page-*")) == []
+
+
+@pytest.mark.parametrize("when", ["before", "in the barrier"])
+def test_who_was_taken_over_hears_so_and_the_others_hear_of_it(settings: Settings, make_session: Make, when: str) -> None:
+    """The older process of one worker_id gets StaleIncarnation at its next call, and not the news of its own departure."""
+    zero, older = formed(make_session, 2, settings=replace(settings, beat_interval_s=30.0, ttl_s=90.0))
+
+    def take_over() -> None:
+        if when != "before":
+            eventually(
+                lambda: zero.state.redis.hget(zero.state.keys.barrier("b", zero.run.id, 0).round, "arrived") == "1", what="an arrival"
+            )
+        make_session("w1").start()
+
+    def meet(session: Session) -> None:
+        session.barrier("b", timeout_s=30)
+
+    if when == "before":
+        take_over()
+        errors = [*together([lambda: meet(older)]), *together([lambda: meet(zero)])]
+    else:
+        errors = together([lambda: meet(older), take_over])[:1] + together([lambda: meet(zero)])
+    assert isinstance(errors[0], StaleIncarnation), errors
+    assert "takeover" in str(errors[0])
+    assert isinstance(errors[1], RosterChanged), errors
+    assert "rank 1 (w1) departed: takeover" in str(errors[1])
+    with pytest.raises(StaleIncarnation):
+        older.form()
+
+
+def test_a_closed_agent_begins_nothing(settings: Settings, tmp_path: Path) -> None:
+    """After close() a call says that this process has left; the run that it was in gets no checkpoint any more."""
+    agent = Agent("w0", settings.redis_url, job=settings.job, store=str(tmp_path / "store"), staging=settings.staging)
+    with agent:
+        agent.restore(fresh=True)
+        agent.step(loss=0.5)
+    for call in (
+        lambda: agent.save_async({"a": 1}, step=5, replicated=True), agent.step, lambda: agent.barrier("b"), agent.form, agent.start,
+    ):  # fmt: skip
+        with pytest.raises(NotJoined, match="has left job"):
+            call()
+
+
+class TestWhatIsRefused:
+    @pytest.fixture
+    def agent(self, settings: Settings) -> Iterator[Agent]:
+        """In a run of one."""
+        with Agent("w0", settings.redis_url, job=settings.job, staging=settings.staging) as agent:
+            yield agent
+
+    def test_a_loss_that_is_no_number(self, agent: Agent) -> None:
+        """Nothing of that step was reported."""
+        agent.step(loss=1.0)
+        for bad in ("x", b"1", [1.0, 2.0], object()):
+            with pytest.raises(InvalidInput, match="loss must be a number"):
+                agent.step(loss=bad)  # type: ignore[arg-type]
+        assert agent.current_step == 0
+        assert agent.step(loss=2) == 1
+
+    @pytest.mark.parametrize("bad", ["5", float("nan"), float("inf"), -1, True])
+    def test_a_timeout_that_is_no_time(self, agent: Agent, bad: Any) -> None:
+        """Names the field; the next round is the first."""
+        with pytest.raises(InvalidInput, match="timeout_s must be a finite number"):
+            agent.barrier("b", timeout_s=bad)
+        agent.barrier("b", timeout_s=5)
+
+    def test_an_empty_worker_id(self, settings: Settings) -> None:
+        """No name is not the default name."""
+        with pytest.raises(InvalidInput, match="worker_id must be"):
+            Agent("", settings.redis_url, job=settings.job)
+
+    @pytest.mark.parametrize(("ip", "port", "field"), [("127.0.0.1", "x", "port"), ("a\nb", 1, "ip"), ("x" * 300, 1, "ip"), (5, 1, "ip")])
+    def test_an_address_for_people(self, settings: Settings, ip: Any, port: Any, field: str) -> None:
+        """It is shown in tables, so it is one short word."""
+        agent = Agent("w0", settings.redis_url, job=settings.job)
+        with pytest.raises(InvalidInput, match=f"{field} must be"):
+            asyncio.run(agent.register_worker(ip=ip, port=port))

@@ -32,6 +32,25 @@ class Commit:
     seconds: float
 
 
+class _Durable(Future["Commit"]):
+    """Whoever waits in vain is told for what."""
+
+    def __init__(self, run: str, step: int) -> None:
+        super().__init__()
+        self._run, self._step = run, step
+
+    def result(self, timeout: float | None = None) -> Commit:
+        try:
+            return super().result(timeout)
+        except TimeoutError as exc:
+            if self.done():  # it was the save's own error
+                raise
+            raise TimeoutError(
+                f"the save of step {self._step} in run {self._run} is not decided after {timeout:g} s; its bytes stay in their slot. "
+                f"`dtr ckpt show {self._run} {self._step}` tells what it waits for"
+            ) from exc
+
+
 class SaveHandle:
     """One save.
 
@@ -67,7 +86,7 @@ class SaveHandle:
         self.state = "STAGED"
         self.asked = on_progress is not None  # for the publisher: somebody wants to see every rank
         self.staged: Future[None] = Future()
-        self.durable: Future[Commit] = Future()
+        self.durable: Future[Commit] = _Durable(run, step)
         self._on_progress, self._nudge, self._complained = on_progress, nudge, False
         self._progress = SaveProgress(run=run, step=step, state="STAGED")
         self._told: SaveProgress | None = None
