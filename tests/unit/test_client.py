@@ -44,6 +44,12 @@ def test_a_good_url_is_kept(url: str) -> None:
     assert check_url(url) == url
 
 
+def test_a_plain_port_behind_rediss_is_hinted_at() -> None:
+    """A server that speaks no TLS only lets the handshake time out."""
+    assert "its URL begins with redis://" in str(translated(rx.TimeoutError("Timeout connecting to server"), "rediss://h:6379/0"))
+    assert "dtr up" in str(translated(rx.TimeoutError("Timeout connecting to server"), "redis://h:6379/0"))
+
+
 def test_passwords_are_masked() -> None:
     """The user stays, so that one sees which one it is."""
     assert mask("redis://u:secret@h:1/0") == "redis://u:***@h:1/0"
