@@ -149,7 +149,9 @@ def translated(exc: Exception, url: str) -> Exception:
     if isinstance(exc, rx.ResponseError):
         return CoordinatorUnavailable(f"Redis at {shown} answered with an error: {exc}")
     if isinstance(exc, (rx.RedisError, OSError, UnicodeError)):
-        hint = "If it speaks no TLS, its URL begins with redis://" if url.startswith("rediss:") else "Start one with `dtr up`, or check the URL"
+        hint = "Start one with `dtr up`, or check the URL"
+        if url.startswith("rediss:"):
+            hint = "If it speaks no TLS, its URL begins with redis://"
         return CoordinatorUnavailable(f"Redis at {shown} cannot be reached: {_first_line(exc)}. {hint}.")
     return exc
 
