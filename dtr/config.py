@@ -244,7 +244,10 @@ def _expected(kind: str, low: float | None, high: float | None, choices: tuple[s
 
 
 def _what(cls: type[Settings], name: str) -> str:
-    return str({f.name: f for f in fields(cls)}[name].metadata["what"])
+    """``a number from 0.3 to 86400 (what it is for)``."""
+    spec = {f.name: f for f in fields(cls)}[name]
+    kind = str(spec.type).removesuffix(" | None")
+    return f"{_expected(kind, spec.metadata['low'], spec.metadata['high'], spec.metadata['choices'])} ({spec.metadata['what']})"
 
 
 def _nearest(name: str, known: set[str], shown: Callable[[str], str] = str) -> str:

@@ -20,8 +20,10 @@ from dtr.cli.screen import Screen, document, show
 from dtr.cli.sentences import moment
 from dtr.cli.table import LUXURY, Cell, Column, cell
 from dtr.views import stored as view
+from dtr.views import verification
 from dtr.views.checkpoints import CheckpointView, PartView
-from dtr.views.stored import Checked, CheckpointRow, CheckpointsView, OneView
+from dtr.views.stored import CheckpointRow, CheckpointsView, OneView
+from dtr.views.verification import Checked
 from dtr.views.words import count_of, duration, size, some
 
 __all__ = ["ckpt", "progress", "show_list"]
@@ -42,6 +44,7 @@ _ROWS: Final = (
     Column(title="parts", right=True, spare=4),
     Column(title="begun", spare=1),
     Column(title="reason", least=16, spare=3),
+    Column(title="in", spare=LUXURY),
 )
 _PARTS: Final = (
     Column(title="rank", right=True),
@@ -71,7 +74,10 @@ for _command in (log, plan_command, gc, rm, pin, unpin, watch, export, import_, 
 @store_option
 @reading_options
 def ls(url: str | None, job: str | None, as_json: bool, store: str | None, everything: bool) -> None:
-    """The checkpoints of a job, the newest first: those under way, committed, abandoned (off the lineage) and aborted, with the reason."""
+    """The checkpoints of a job, the newest first: those under way, committed, abandoned (off the lineage) and aborted, with the reason.
+
+    Each is shown as Redis's index has it; of a commit it is checked that the store has its manifest, not what that says: see `verify`.
+    """
     with open_sources(target(url, job, store=store)) as sources:
         found = view.read(sources, retired=everything)
     show(found, json=as_json, human=show_list)
@@ -101,20 +107,24 @@ def verify(
 ) -> None:
     """Read every object of a checkpoint (default: the latest commit), and check its size and checksum against the manifest.
 
-    Exit 5 if anything is missing or damaged.
+    Exit 5 if anything is missing or damaged. Of a job that has used several stores, --all reads the commits in one of them, and says how
+    many are in which other.
     """
     if everything and name:
         raise click.UsageError("give a checkpoint or --all, not both.", ctx)
     screen, results = Screen(), []
     with open_sources(target(url, job, store=store)) as sources:
         with usage():
-            wanted = view.targets(sources, name, everything=everything)
-        for result in view.verify(sources, wanted):
+            wanted, others = verification.commits(sources) if everything else (view.targets(sources, name), ())
+        for result in verification.verify(sources, wanted, listed=everything):
             results.append(result)
             if not as_json:
                 _tell(screen, result)
         if as_json:
-            document({"job": sources.job, "store": sources.url, "ok": all(one.ok for one in results), "checkpoints": results})
+            ok = all(one.ok for one in results)
+            document({"job": sources.job, "store": sources.url, "ok": ok, "checkpoints": results, "elsewhere": others})
+        elif others:
+            screen.line(view.not_asked(others), "yellow")
     damaged = [name_of(one.run, one.step) for one in results if not one.ok]
     if damaged:
         print(f"dtr: {len(damaged)} of {count_of(len(results), 'checkpoint')} damaged: {some(damaged)}", file=sys.stderr)
@@ -124,12 +134,14 @@ def verify(
 def show_list(screen: Screen, found: CheckpointsView) -> None:
     """The table of checkpoints."""
     screen.line(f"job {found.job} · {count_of(len(found.checkpoints), 'checkpoint')} · {found.store or 'store unknown'}", "bold")
+    if found.elsewhere:
+        screen.line(view.not_asked(found.elsewhere), "yellow")
     if found.checkpoints:
         screen.line()
-        screen.table(_ROWS, [_row(one) for one in found.checkpoints])
+        screen.table(_ROWS, [_row(one, found.store) for one in found.checkpoints])
 
 
-def _row(one: CheckpointRow) -> list[Cell]:
+def _row(one: CheckpointRow, asked: str) -> list[Cell]:
     return [
         cell(one.run),
         cell(one.step),
@@ -139,6 +151,7 @@ def _row(one: CheckpointRow) -> list[Cell]:
         cell(f"{one.done}/{one.expected}"),
         cell(None if one.at_ms is None else moment(one.at_ms)),
         cell(one.reason),
+        cell(one.store if one.store != asked else None),
     ]
 
 
@@ -152,7 +165,7 @@ def _human_one(screen: Screen, found: OneView) -> None:
     screen.fact("holds", f"{one.done} of {count_of(one.expected, 'part')}{amount}; {kind}")
     if one.at_ms is not None:
         screen.fact("begun", moment(one.at_ms))
-    if found.parent or one.state in _TELLING:
+    if found.parent or (one.in_store and one.state in _TELLING):
         screen.fact("continues", found.parent or "nothing")
     if one.metrics:
         screen.fact(
@@ -160,7 +173,7 @@ def _human_one(screen: Screen, found: OneView) -> None:
         )
     if one.pinned:
         screen.fact("pinned", "yes" if one.pinned == "-" else one.pinned, "green")
-    screen.fact("store", found.store or "unknown")
+    screen.fact("store", (found.store or "unknown") + (", as Redis says; it was not asked" if found.store and one.in_store is None else ""))
     if found.parts:
         screen.line()
         screen.table(_PARTS, [_part(part) for part in found.parts])

@@ -11,6 +11,7 @@ from dtr.checkpoint.keeping.retention import Policy
 from dtr.cli.ckpt_options import open_sources, store_option, usage
 from dtr.cli.options import reading_options, target
 from dtr.cli.screen import Screen, show
+from dtr.cli.seconds import Seconds
 from dtr.cli.table import Cell, Column, cell
 from dtr.errors import InvalidInput
 from dtr.views import lifecycle as view
@@ -46,8 +47,8 @@ def _best(ctx: click.Context, _: click.Parameter, value: str | None) -> tuple[tu
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The newest N commits of the lineage.")
 @click.option("--keep-every", type=click.IntRange(1), metavar="STEPS", help="The first commit of each so many steps.")
 @click.option("--keep-best", callback=_best, metavar="METRIC:min|max:N", help="The best N by a metric; several with commas.")
-@click.option("--keep-for", type=click.FloatRange(0.001, _LONGEST_S), metavar="SECONDS", help="Those that are younger.")
-@click.option("--grace", type=click.FloatRange(0, _LONGEST_S), metavar="SECONDS", help="How long objects outlive their manifest.")
+@click.option("--keep-for", type=Seconds(0.001, _LONGEST_S), metavar="SECONDS", help="Those that are younger.")
+@click.option("--grace", type=Seconds(0, _LONGEST_S), metavar="SECONDS", help="How long objects outlive their manifest.")
 @store_option
 @reading_options
 def gc(
@@ -73,7 +74,7 @@ def gc(
 
 @click.command(short_help="Remove commits, after the readers' grace.")
 @click.argument("name", nargs=-1, required=True, metavar="RUN/STEP...")
-@click.option("--grace", type=click.FloatRange(0, _LONGEST_S), metavar="SECONDS", help="How long the objects stay for readers under way.")
+@click.option("--grace", type=Seconds(0, _LONGEST_S), metavar="SECONDS", help="How long the objects stay for readers under way.")
 @store_option
 @reading_options
 def rm(url: str | None, job: str | None, as_json: bool, store: str | None, name: tuple[str, ...], grace: float | None) -> None:

@@ -14,7 +14,7 @@ from dtr.cli.sentences import moment
 from dtr.cli.table import GAP, Cell, cell
 from dtr.views import lineage as view
 from dtr.views.lineage import LineageView, Node, RunView
-from dtr.views.stored import CheckpointRow
+from dtr.views.stored import CheckpointRow, not_asked
 from dtr.views.words import count_of, size
 
 __all__ = ["drawn", "log"]
@@ -44,6 +44,8 @@ def log(url: str | None, job: str | None, as_json: bool, store: str | None, ever
 def _human(screen: Screen, found: LineageView, *, fold: bool) -> None:
     latest = f"latest {found.latest}" if found.latest else "no commit yet"
     screen.line(f"job {found.job} · {count_of(len(found.runs), 'run')} · {latest} · {found.store or 'store unknown'}", "bold")
+    if found.elsewhere:
+        screen.line(not_asked(found.elsewhere), "yellow")
     for rows in view.paths(found, fold=fold):
         screen.line()
         for margin, text in drawn(rows, screen.width):

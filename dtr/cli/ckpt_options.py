@@ -19,16 +19,18 @@ store_option = click.option("--store", metavar="URL", help="Where the checkpoint
 
 @contextlib.contextmanager
 def open_sources(where: Target) -> Iterator[Sources]:
-    """Redis and the store; without Redis the store alone, with a line on stderr that says so."""
+    """Redis and the store; what is done without either of them is said on stderr: of Redis before, of the store after it was done."""
     with contextlib.ExitStack() as stack:
         try:
             state = stack.enter_context(job_state(where))
         except CoordinatorUnavailable:  # then the job is the one of the settings
             state = stack.enter_context(server_state(where))
         found = Sources.open(state, where.settings.store)
-        if found.note:
+        if found.state is None:
             print(f"dtr: {found.note}", file=sys.stderr, flush=True)
         yield found
+        if found.state is not None and found.note:  # what cannot be done without a store is an error that says so itself
+            print(f"dtr: {found.note}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

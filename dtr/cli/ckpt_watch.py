@@ -18,6 +18,7 @@ from dtr.checkpoint.saving.progress import PartProgress, SaveProgress
 from dtr.cli.ckpt_options import usage
 from dtr.cli.options import job_state, reading_options, target
 from dtr.cli.screen import Screen, document
+from dtr.cli.seconds import Seconds
 from dtr.cli.table import LUXURY, Cell, Column, cell
 from dtr.errors import InvalidInput
 from dtr.state.job import JobState
@@ -50,7 +51,7 @@ _Show = Callable[[SaveProgress], None]
 @click.command(short_help="A checkpoint on its way, rank by rank.")
 @click.argument("name", nargs=-1, metavar="[RUN STEP | RUN/STEP | STEP]")
 @click.option("--follow", "-f", is_flag=True, help="Go on with the next checkpoint, until Ctrl-C (exit 130).")
-@click.option("--every", type=click.FloatRange(0.1, 3600), metavar="S", help="Seconds between looks (default 0.5; 2 into a pipe).")
+@click.option("--every", type=Seconds(0.1, 3600), metavar="S", help="Seconds between looks (default 0.5; 2 into a pipe).")
 @reading_options
 @click.pass_context
 def watch(

@@ -57,7 +57,6 @@ COMMANDS: Final[dict[str, Entry]] = dict(
         _entry("config", "Look", "The settings and where they come from.", below=("show",)),
         _entry("run", "Run", "Start trainers and look after them."),
         _entry("demo", "Run", "See it all at work: training, a kill, recovery."),
-        _entry("demo", "Run", "See it all at work: training, a kill, recovery."),
         _entry("up", "Run", "Run Redis, an uploader and Flower on this machine.", "stack"),
         _entry("down", "Run", "End what `dtr up` started.", "stack"),
         _entry("rebuild", "Run", "Fill an emptied Redis from the store."),

@@ -15,7 +15,7 @@ from dtr.config import Settings
 from dtr.state.client import connect
 from dtr.state.job import JobState
 from dtr.views import jobs
-from dtr.views.words import some
+from dtr.views.words import count_of, some
 
 __all__ = ["Target", "job_state", "reading_options", "server_state", "target"]
 
@@ -72,7 +72,7 @@ def job_state(where: Target) -> Iterator[JobState]:
     """The job that was chosen, or else the only one alive; what is printed names it.
 
     Raises:
-        UsageError: several jobs are there, and none was chosen.
+        UsageError: none was chosen, and several jobs are there, or only a damaged one.
     """
     job = where.settings.job
     if not where.job_chosen:
@@ -80,7 +80,8 @@ def job_state(where: Target) -> Iterator[JobState]:
             listed = jobs.read(state)
         found, _ = jobs.pick(listed, job, asked=False)
         if found is None:
-            raise click.UsageError(f"this server has {len(listed)} jobs ({some([one.job for one in listed], 8)}); choose one with --job.")
+            known = some([f"{one.job} (damaged)" if one.damage else one.job for one in listed], 8)
+            raise click.UsageError(f"this server has {count_of(len(listed), 'job')}: {known}; choose one with --job.")
         job = found
     with server_state(where, job) as state:
         yield state

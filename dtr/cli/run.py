@@ -9,6 +9,8 @@ from typing import Final, NoReturn
 
 import rich_click as click
 
+from dtr.cli.seconds import Seconds
+
 __all__ = ["run"]
 
 # Not -m alone: that would put the working folder first on the path, where a trainer's queue.py or types.py would hide Python's own.
@@ -24,12 +26,8 @@ _LAUNCHER: Final = ("-P", "-m", "worker_agent", "run")
 @click.option("--nnodes", type=click.IntRange(1), default=1, show_default=True, metavar="M", help="Hosts that run this same command.")
 @click.option("--min", type=click.IntRange(1), metavar="K", help="Elastic: the job goes on with as few as K trainers.")
 @click.option("--max-restarts", type=click.IntRange(0), default=0, show_default=True, metavar="K", help="Of all trainers of this launcher.")
-@click.option(
-    "--grace", type=click.FloatRange(0), default=30.0, show_default=True, metavar="S", help="Seconds between SIGTERM and SIGKILL."
-)
-@click.option(
-    "--stall-timeout", type=click.FloatRange(0), default=300.0, show_default=True, metavar="S", help="Seconds without progress; 0: never."
-)
+@click.option("--grace", type=Seconds(0), default=30.0, show_default=True, metavar="S", help="Seconds between SIGTERM and SIGKILL.")
+@click.option("--stall-timeout", type=Seconds(0), default=300.0, show_default=True, metavar="S", help="Seconds without progress; 0: never.")
 @click.option("--stall-action", type=click.Choice(["show", "kill"]), default="show", show_default=True, help="With a stalled trainer.")
 @click.option("--url", metavar="URL", help="The coordinator; default: DTR_REDIS_URL, dtr.toml, or a server that is started here.")
 @click.option("--job", metavar="JOB", help="'name' or 'tenant/name'; default: DTR_JOB, dtr.toml.")

@@ -39,6 +39,7 @@ _JOBS: Final = (
     Column(title="run", spare=1),
     Column(title="latest", spare=3),
     Column(title="opened", right=True, spare=2),
+    Column(title="what is wrong", least=16, spare=1),
 )
 _MOST_MEMBERS: Final = 16
 _MOST_DEPARTED: Final = 5
@@ -68,7 +69,7 @@ def _human(screen: Screen, page: PageView) -> None:
         _jobs(screen, page.jobs)
         return
     screen.fact("job", f"{page.job.job} ({page.chosen})")
-    others = [f"{other.job} ({other.alive} alive)" for other in page.jobs if other.job != page.job.job]
+    others = [_other(one) for one in page.jobs if one.job != page.job.job]
     if others:
         screen.fact("other jobs", some(others))
     screen.line()
@@ -99,17 +100,22 @@ def _jobs(screen: Screen, listed: Sequence[JobSummary]) -> None:
         [
             [
                 cell(one.job),
-                cell(one.alive, "green" if one.alive else "dim"),
+                cell("damaged", "bold red") if one.damage else cell(one.alive, "green" if one.alive else "dim"),
                 cell(one.overdue or None, "red"),
                 cell(one.run),
                 cell(one.latest),
                 cell(f"{duration(one.opened_ago_s)} ago"),
+                cell(one.damage),
             ]
             for one in listed
         ],
     )
     screen.line()
-    screen.line("Several jobs, and none was chosen: `dtr status --job JOB` shows one.")
+    screen.line("No job was chosen, and it is not clear which is meant: `dtr status --job JOB` shows one.")
+
+
+def _other(one: JobSummary) -> str:
+    return f"{one.job} (damaged: {one.damage})" if one.damage else f"{one.job} ({one.alive} alive)"
 
 
 def _verdict(screen: Screen, found: JobView) -> None:

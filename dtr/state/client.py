@@ -150,7 +150,7 @@ def translated(exc: Exception, url: str) -> Exception:
         return CoordinatorUnavailable(f"Redis at {shown} answered with an error: {exc}")
     if isinstance(exc, (rx.RedisError, OSError, UnicodeError)):
         hint = "Start one with `dtr up`, or check the URL"
-        if url.startswith("rediss:"):
+        if url.startswith("rediss:") and (isinstance(exc, rx.TimeoutError) or "SSL" in str(exc)):
             hint = "If it speaks no TLS, its URL begins with redis://"
         return CoordinatorUnavailable(f"Redis at {shown} cannot be reached: {_first_line(exc)}. {hint}.")
     return exc

@@ -65,6 +65,7 @@ class CheckpointView:
     parts: tuple[PartView, ...] | None
     pinned: str = ""  # the note of its pin, `-` for none; empty: it is not pinned
     metrics: Metrics = field(default_factory=dict)
+    run_left: bool = False  # nothing of its run is on the lineage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +141,10 @@ def _load(state: JobState, names: Sequence[tuple[str, int]], *, with_parts: bool
         if not ckpt:
             continue  # retention was faster
         fields = Fields(keys.ckpt(run, step), ckpt)
+        on = on_lineage(run, step, lineage, last_run or "", keys.lineage)
         view = _describe(
-            fields, run=run, step=step, latest=latest == f"{run}/{step}",
-            on_lineage=on_lineage(run, step, lineage, last_run or "", keys.lineage), now_ms=now_ms,
+            fields, run=run, step=step, latest=latest == f"{run}/{step}", now_ms=now_ms,
+            on_lineage=on, run_left=not on and run not in lineage,
             parts=parts_of(fields, Fields(keys.parts(run, step), more[0]), more[1], now_ms=now_ms) if more else None,
         )  # fmt: skip
         found.append(view)
@@ -151,7 +153,7 @@ def _load(state: JobState, names: Sequence[tuple[str, int]], *, with_parts: bool
 
 
 def _describe(
-    fields: Fields, *, run: str, step: int, latest: bool, on_lineage: bool, now_ms: int, parts: tuple[PartView, ...] | None
+    fields: Fields, *, run: str, step: int, latest: bool, on_lineage: bool, run_left: bool, now_ms: int, parts: tuple[PartView, ...] | None
 ) -> CheckpointView:
     created_at, decided_at = fields.number("created_at"), fields.number("decided_at")
     word = fields.text("state")
@@ -165,6 +167,7 @@ def _describe(
         reason=fields.text("reason"),
         latest=latest,
         on_lineage=on_lineage,
+        run_left=run_left,
         size_bytes=fields.number("size_bytes"),
         world_size=fields.integer("world_size"),
         replicated=cast("Replicated", fields.text("replicated").partition(" ")[0]),

@@ -13,7 +13,7 @@ from dtr.checkpoint.keeping.exported import ABOUT
 from dtr.checkpoint.restoring import opened
 from dtr.checkpoint.restoring.opened import Opened
 from dtr.checkpoint.survey import read_manifest
-from dtr.errors import InvalidInput, NoCheckpoint, NotFound
+from dtr.errors import InvalidInput, NotFound
 from dtr.views import stored
 from dtr.views.stored import Sources
 
@@ -89,7 +89,7 @@ def _open(word: str, sources: Callable[[], Sources]) -> Opened:
     try:
         return opened.open_stored(found.store, read_manifest(found.store, run, step))
     except NotFound as exc:
-        raise NoCheckpoint(f"{found.url} holds no decision about {run}/{step} of job {found.job}", run=run, step=step) from exc
+        raise stored.missing(found, run, step) from exc
 
 
 def _side(one: Opened) -> Side:

@@ -18,7 +18,7 @@ from dtr.runs import run_number
 from dtr.state.job import JobState
 from dtr.views import stored
 from dtr.views.reading import Fields, reading
-from dtr.views.stored import CheckpointRow, Sources
+from dtr.views.stored import CheckpointRow, Elsewhere, Sources
 
 __all__ = ["GONE", "LineageView", "Node", "RunView", "paths", "read"]
 
@@ -53,6 +53,7 @@ class LineageView:
     latest: str
     older: int
     runs: tuple[RunView, ...]
+    elsewhere: tuple[Elsewhere, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +93,9 @@ def read(sources: Sources, *, most: int | None = 500) -> LineageView:
         for run, rows in sorted(by_run.items(), key=lambda item: (run_number(item[0]), item[0]), reverse=True)
     )  # fmt: skip
     return LineageView(
-        job=sources.job, store=found.store, note=found.note, head=lineage.head, latest=found.latest, older=found.older, runs=runs
-    )
+        job=sources.job, store=found.store, note=found.note, head=lineage.head, latest=found.latest, older=found.older, runs=runs,
+        elsewhere=found.elsewhere,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,14 +5,14 @@ Either side alone is enough: without Redis the store tells, without a store the 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dtr import names
-from dtr.checkpoint.keeping.catalogue import Listed, catalogue, verify_parts
+from dtr.checkpoint.keeping.catalogue import Listed, catalogue
 from dtr.checkpoint.lineage import Lineage
 from dtr.checkpoint.manifest import Manifest, Replicated
 from dtr.checkpoint.restoring.candidates import name_of
@@ -25,13 +25,28 @@ from dtr.store import Store, open_store
 from dtr.views import checkpoints
 from dtr.views.checkpoints import CheckpointView, IndexView, PartView
 from dtr.views.reading import reading
+from dtr.views.words import count_of
 
-__all__ = ["Checked", "CheckpointRow", "CheckpointsView", "OneView", "Sources", "read", "read_one", "targets", "verify"]
+__all__ = [
+    "NO_MANIFEST",
+    "CheckpointRow",
+    "CheckpointsView",
+    "Elsewhere",
+    "OneView",
+    "Sources",
+    "elsewhere",
+    "missing",
+    "not_asked",
+    "read",
+    "read_one",
+    "targets",
+]
 
+NO_MANIFEST: Final = "it was committed, but its manifest is not in the store"
 _READERS: Final = 8
 _LONGEST_STEP: Final = 20  # digits
-_NO_MANIFEST: Final = "it was committed, but its manifest is not in the store"
 _LEFT: Final = "the job went on from an earlier step"
+_RUN_LEFT: Final = "the job went on without this run"
 _NO_STORE: Final = "no store is known: give --store to compare with it"
 _NOTHING: Final = (
     "Redis knows no checkpoint of this job: give --store to look there; if Redis was emptied, `dtr rebuild --from STORE` tells it"
@@ -81,6 +96,7 @@ class CheckpointRow:
     """One checkpoint. ``state``: WRITING, SEALED, ABORTING (under way), COMMITTED, ABANDONED, ABORTED, RETIRED, or DAMAGED.
 
     ``in_index`` and ``in_store`` are None where that side was not asked; ``at_ms`` is when it was begun, by the server's clock.
+    ``store`` is the one that was asked, if it has the checkpoint, or else the one that Redis names.
     """
 
     run: str
@@ -98,6 +114,15 @@ class CheckpointRow:
     in_store: bool | None
     pinned: str = ""  # the note of its pin, `-` for none; empty: it is not pinned
     metrics: Metrics = field(default_factory=dict)
+    store: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """So many checkpoints belong to ``store``, as Redis says, which was not asked: a job may move from one store to another."""
+
+    store: str
+    checkpoints: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +135,12 @@ class CheckpointsView:
     note: str
     checkpoints: tuple[CheckpointRow, ...]
     older: int = 0
+    elsewhere: tuple[Elsewhere, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneView:
-    """One checkpoint with its parts; ``parent`` is the RUN/STEP that its run continues."""
+    """One checkpoint with its parts; ``store`` is its own, ``parent`` the RUN/STEP that its run continues."""
 
     job: str
     store: str
@@ -122,19 +148,6 @@ class OneView:
     checkpoint: CheckpointRow
     parent: str
     parts: tuple[PartView, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """The result for one checkpoint; ``error`` is empty if every byte is what was committed."""
-
-    run: str
-    step: int
-    ok: bool
-    parts: int
-    size_bytes: int
-    seconds: float
-    error: str
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -169,14 +182,14 @@ def read(sources: Sources, *, retired: bool = False, most: int | None = None) ->
             listed = _listed(store, lineage, replace(holdings, decided=frozenset(unknown[:most])))
             latest = latest or _latest(lineage, listed)
     rows = [_indexed_row(ckpt, holdings, sources.url) for ckpt in indexed]
-    rows += [_listed_row(one, latest, index) for one in listed]
+    rows += [_listed_row(one, latest, index, sources.url) for one in listed]
     rows = [row for row in rows if retired or row.state != "RETIRED"]
     rows.sort(key=lambda row: (row.at_ms or 0, row.step, row.run), reverse=True)
-    elsewhere = sorted({ckpt.store for ckpt in indexed} - {"", sources.url})
-    note = sources.note
-    if elsewhere and not note and sources.url:
-        note = f"some of these are in {', '.join(elsewhere)}, as Redis says; that was not asked"
-    return CheckpointsView(job=sources.job, store=sources.url, latest=latest, note=note, checkpoints=tuple(rows), older=older)
+    others = elsewhere(sources, rows)
+    return CheckpointsView(
+        job=sources.job, store=sources.url, latest=latest, note=sources.note or not_asked(others), checkpoints=tuple(rows), older=older,
+        elsewhere=others,
+    )  # fmt: skip
 
 
 def read_one(sources: Sources, run: str, step: int) -> OneView:
@@ -194,52 +207,23 @@ def read_one(sources: Sources, run: str, step: int) -> OneView:
     elif sources.store is not None and holdings is not None and (manifest is not None or damage):
         lineage = lineage_of(sources.store, sources.url, holdings, sources.state)
         listed = catalogue(sources.store, lineage, replace(holdings, decided=frozenset({(run, step)})))
-        row = _listed_row(listed[0], read(sources).latest, sources.index)
+        row = _listed_row(listed[0], read(sources).latest, sources.index, sources.url)
     else:
         raise NoCheckpoint(f"job {sources.job} has no checkpoint {run}/{step}; `dtr ckpt ls` lists them", run=run, step=step)
     if damage:
         row = replace(row, state="DAMAGED", reason=damage)
     parent = "" if manifest is None or manifest.parent is None else name_of(*manifest.parent)
-    return OneView(job=sources.job, store=sources.url, note=sources.note, checkpoint=row, parent=parent, parts=_parts(manifest, indexed))
+    note = sources.note or not_asked(elsewhere(sources, [row]))
+    return OneView(job=sources.job, store=row.store, note=note, checkpoint=row, parent=parent, parts=_parts(manifest, indexed))
 
 
-def verify(sources: Sources, wanted: Sequence[tuple[str, int]]) -> Iterator[Checked]:
-    """Read every byte of these checkpoints; one result each, as soon as it is there.
-
-    Raises:
-        InvalidInput: no store is known.
-        NoCheckpoint: there is no decision about one of them, or it is none to commit.
-        StoreUnavailable.
-    """
-    store = sources.store
-    if store is None:
-        raise InvalidInput("store must be known to verify what is in it: give --store, or set DTR_STORE", field="store")
-    for run, step in wanted:
-        began = time.monotonic()
-        parts, size_bytes, error = 0, 0, ""
-        try:
-            manifest = read_manifest(store, run, step)
-            if manifest.decision != "commit":
-                raise NoCheckpoint(f"{run}/{step} {manifest.fate}, so there is nothing to verify: {manifest.reason}", run=run, step=step)
-            parts, size_bytes = len(manifest.parts), sum(part.state_bytes for part in manifest.parts)
-            verify_parts(store, manifest)
-        except NotFound as exc:
-            raise NoCheckpoint(f"{sources.url} holds no decision about {run}/{step} of job {sources.job}", run=run, step=step) from exc
-        except IntegrityError as exc:
-            error = exc.message
-        seconds = time.monotonic() - began
-        yield Checked(run=run, step=step, ok=not error, parts=parts, size_bytes=size_bytes, seconds=round(seconds, 3), error=error)
-
-
-def targets(sources: Sources, words: Sequence[str], *, everything: bool = False) -> list[tuple[str, int]]:
-    """What ``RUN STEP``, ``RUN/STEP``, ``STEP`` (of the newest run), ``latest`` (or nothing) mean; with ``everything`` each commit listed.
+def targets(sources: Sources, words: Sequence[str]) -> list[tuple[str, int]]:
+    """What ``RUN STEP``, ``RUN/STEP``, ``STEP`` (of the newest run), ``latest`` (or nothing) mean.
 
     Raises:
         InvalidInput: the words are none of these.
         NoCheckpoint: there is no commit.
     """
-    if everything:
-        return [(row.run, row.step) for row in read(sources).checkpoints if row.state in {"COMMITTED", "ABANDONED", "DAMAGED"}]
     if len(words) == 1 and words[0].isascii() and words[0].isdigit() and len(words[0]) <= _LONGEST_STEP:
         return [_of_step(sources, names.step(int(words[0])))]
     if list(words) not in ([], ["latest"]):
@@ -263,6 +247,30 @@ def _parsed(words: Sequence[str]) -> tuple[str, int]:
     if len(pieces) != 2 or pieces[0] == "latest" or not (pieces[1].isascii() and pieces[1].isdigit() and len(pieces[1]) <= _LONGEST_STEP):
         raise InvalidInput(f"expected RUN STEP, RUN/STEP, STEP or latest, got {' '.join(words)[:80]!r}", field="checkpoint")
     return names.name(pieces[0], "run"), names.step(int(pieces[1]))
+
+
+# --- stores that were not asked -------------------------------------------------------------------------------------
+
+
+def elsewhere(sources: Sources, rows: Iterable[CheckpointRow]) -> tuple[Elsewhere, ...]:
+    """Where those of ``rows`` are that the asked store lacks and, as Redis says, need not have; by store. Empty if none was asked."""
+    counted = Counter(row.store for row in rows if row.in_store is None) if sources.store is not None else {}
+    return tuple(Elsewhere(store=store, checkpoints=number) for store, number in sorted(counted.items()))
+
+
+def not_asked(others: Sequence[Elsewhere]) -> str:
+    """``2 checkpoints belong to file:///old, as Redis says; that store was not asked``; empty if there are none."""
+    said = [f"{count_of(one.checkpoints, 'checkpoint belongs', 'checkpoints belong')} to {one.store}" for one in others]
+    stores = "that store was" if len(said) == 1 else "those stores were"
+    return f"{', '.join(said)}, as Redis says; {stores} not asked" if said else ""
+
+
+def missing(sources: Sources, run: str, step: int) -> NoCheckpoint:
+    """The error that the asked store holds no decision about a checkpoint; it names the store that does, as far as Redis knows."""
+    known = () if sources.index is None else sources.index.checkpoints
+    where = next((ckpt.store for ckpt in known if (ckpt.run, ckpt.step) == (run, step)), "")
+    hint = f"; it belongs to {where}, as Redis says: give that as --store" if where not in {"", sources.url} else ""
+    return NoCheckpoint(f"{sources.url} holds no decision about {run}/{step} of job {sources.job}{hint}", run=run, step=step)
 
 
 # --- how ------------------------------------------------------------------------------------------------------------
@@ -289,15 +297,16 @@ def _latest(lineage: Lineage, listed: Sequence[Listed]) -> str:
 
 
 def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None, url: str) -> CheckpointRow:
-    asked = holdings is not None and ckpt.store in {"", url}  # a job may have moved: the other store was not asked
-    in_store = (ckpt.run, ckpt.step) in holdings.decided if asked and holdings is not None else None
+    held = holdings is not None and (ckpt.run, ckpt.step) in holdings.decided
+    asked = holdings is not None and (held or ckpt.store in {"", url})  # a job may have moved: another store was not asked
+    in_store = held if asked else None
     gone = ckpt.state in {"COMMITTED", "ABANDONED"} and in_store is False
     left = ckpt.state == "COMMITTED" and not ckpt.on_lineage  # it was decided before the job went on from an earlier step
     return CheckpointRow(
         run=ckpt.run,
         step=ckpt.step,
         state="DAMAGED" if gone else "ABANDONED" if left else ckpt.state,
-        reason=_NO_MANIFEST if gone else _LEFT if left else ckpt.reason,
+        reason=NO_MANIFEST if gone else ckpt.reason if not left else _RUN_LEFT if ckpt.run_left else _LEFT,
         latest=ckpt.latest,
         size_bytes=ckpt.size_bytes,
         world_size=ckpt.world_size,
@@ -309,10 +318,11 @@ def _indexed_row(ckpt: CheckpointView, holdings: Holdings | None, url: str) -> C
         in_store=in_store,
         pinned=ckpt.pinned,
         metrics=ckpt.metrics,
+        store=url if asked else ckpt.store,
     )
 
 
-def _listed_row(listed: Listed, latest: str, index: IndexView | None) -> CheckpointRow:
+def _listed_row(listed: Listed, latest: str, index: IndexView | None, url: str) -> CheckpointRow:
     expected = 1 if listed.replicated == "all" else listed.world_size
     lost = index is not None and listed.state in {"COMMITTED", "ABANDONED"}
     return CheckpointRow(
@@ -331,6 +341,7 @@ def _listed_row(listed: Listed, latest: str, index: IndexView | None) -> Checkpo
         in_store=True,
         pinned="-" if listed.pinned else "",
         metrics=listed.metrics,
+        store=url,
     )
 
 

@@ -46,7 +46,7 @@ def export(sources: Sources, run: str, step: int, folder: Path) -> TransferView:
     try:
         manifest = read_manifest(sources.store, run, step)
     except NotFound as exc:
-        raise NoCheckpoint(f"{sources.url} holds no decision about {run}/{step} of job {sources.job}", run=run, step=step) from exc
+        raise stored.missing(sources, run, step) from exc
     if manifest.decision != "commit":
         raise NoCheckpoint(f"{name_of(run, step)} {manifest.fate}: {manifest.reason}", run=run, step=step)
     done = exporter.export(sources.store, manifest, folder)

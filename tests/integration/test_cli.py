@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -154,6 +155,34 @@ def test_status_without_a_job_shows_the_only_one_alive(tmp_path, capsys, monkeyp
         finally:
             first.close()
             second.close()
+
+
+def test_a_damaged_job_is_in_no_other_jobs_way(tmp_path, capsys, monkeypatch, settings):
+    """I11: it is shown as damaged, with the reason, where jobs are listed; commands of others go on; its own end with exit 5."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with valkey_server(tmp_path / "server") as server:
+        raw = JobState(server.url, "other").redis
+        raw.set("dtr:{wrong}:meta", "x")
+        raw.zadd(JOBS, {"wrong": 1, "a b": 1})
+        for command in (["status"], ["workers"]):
+            assert main([*command, "--url", server.url, "--job", "other"]) == 0
+            assert main([*command, "--url", server.url, "--job", "wrong"]) == 5
+            assert "dtr:{wrong}:meta" in capsys.readouterr().err
+        assert main(["status", "--url", server.url]) == 0  # nothing that could be meant: the list
+        out = capsys.readouterr().out
+        assert [line.partition("damaged")[0].strip() for line in out.splitlines() if " damaged" in line] == ["a b", "wrong"]
+        assert main(["workers", "--url", server.url]) == 2
+        assert "this server has 2 jobs: a b (damaged), wrong (damaged); choose one" in capsys.readouterr().err
+        with contextlib.closing(Session(replace(settings, redis_url=server.url, job="other"), worker_id="w")) as session:
+            session.start()
+            for command in (["status", "--job", "other"], ["status"], ["workers"], ["ckpt", "ls"]):
+                assert main([*command, "--json", "--url", server.url]) == 0
+                found = json.loads(capsys.readouterr().out)
+                assert (found["job"]["job"] if command[0] == "status" else found["job"]) == "other"
+            assert main(["status", "--url", server.url]) == 0
+        out = capsys.readouterr().out
+        assert "wrong (damaged: dtr:{wrong}:meta holds something else than dtr writes: WRONGTYPE" in out
+        assert "a b (damaged: dtr:jobs lists what is no job" in out
 
 
 def test_status_warns_of_a_server_that_forgets(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def test_an_error_is_valid_json_where_json_was_asked_for(command, capsys):
         (["workers", "--bogus"], 2, "No such option '--bogus'"),
         (["wrokers"], 2, "No such command 'wrokers'"),
         (["events", "-n", "-1"], 2, "-1 is not in the range"),
+        (["ckpt", "gc", "--grace", "nan"], 2, "'--grace': expected a number of seconds, got nan"),
+        (["ckpt", "gc", "--keep-for", "nan"], 2, "'--keep-for': expected a number of seconds, got nan"),
+        (["ckpt", "watch", "--every", "nan"], 2, "'--every': expected a number of seconds, got nan"),
         (["workers", "--job", "a b"], 3, "job must be 1 to 63 characters"),
         (["workers", "--url", "http://x"], 3, "unknown scheme 'http'"),
         (["workers", "--url", "redis://h:99999"], 3, "port 1 to 65535"),
@@ -82,6 +86,16 @@ def test_wrong_usage_and_configuration_name_what_is_wrong(args, code, says, caps
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--grace", "nan"), ("--grace", "inf"), ("--stall-timeout", "inf"), ("--stall-timeout", "nan")]
+)
+def test_run_refuses_a_time_that_is_none_before_it_becomes_the_launcher(option, value):
+    """One line as of any command, not the usage of another program. In a process of its own, which would else be replaced."""
+    done = subprocess.run([sys.executable, "-m", "dtr", "run", option, value, "--", "true"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"dtr: Invalid value for '{option}': expected a number of seconds, got {value}. Try `dtr run --help`.\n"
+
+
 def test_usage_errors_are_json_as_well(capsys):
     """Although the options could not be parsed, --json was among them."""
     assert main(["workers", "--json", "--bogus"]) == 2
@@ -90,7 +104,13 @@ def test_usage_errors_are_json_as_well(capsys):
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [("DTR_TTL", "15", "did you mean DTR_TTL_S"), ("DTR_TTL_S", "15s", "DTR_TTL_S"), ("DTR_JOB", "", "DTR_JOB is empty")],
+    [
+        ("DTR_TTL", "15", "did you mean DTR_TTL_S"),
+        ("DTR_TTL_S", "15s", "DTR_TTL_S"),
+        ("DTR_TTL_S", "", "DTR_TTL_S is empty: unset it, or give a number from 0.3 to 86400 (a member that has not beaten for"),
+        ("DTR_SLOT_POLICY", "", "DTR_SLOT_POLICY is empty: unset it, or give wait, skip or fail (no free slot: "),
+        ("DTR_JOB", "", "DTR_JOB is empty: unset it, or give text ('name' or 'tenant/name')"),
+    ],
 )
 def test_a_wrong_environment_is_exit_3(name, value, says, monkeypatch, capsys):
     """The variable is named, whatever the command."""
@@ -107,7 +127,8 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("name", group.COMMANDS)
 def test_the_list_of_commands_agrees_with_the_commands(name):
-    """Each entry loads, bears its name, says the same in its own help, and knows the commands below it."""
+    """Each entry stands once, loads, bears its name, says the same in its own help, and knows the commands below it."""
+    assert inspect.getsource(group).count(f'_entry("{name}",') == 1
     entry = group.COMMANDS[name]
     command = entry.load()
     assert command.name == name

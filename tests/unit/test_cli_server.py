@@ -6,7 +6,7 @@ import pytest
 
 from dtr.errors import StateCorrupt
 from dtr.state.job import JobState
-from dtr.state.keys import JOBS
+from dtr.state.keys import JOBS, Keys
 from dtr.views import checkpoints, events, jobs, ring, rounds, status, workers
 from dtr.views.server import describe
 
@@ -100,14 +100,32 @@ def test_a_damaged_round_is_named(job_state: JobState):
         rounds.read(job_state)
 
 
-def test_a_job_of_a_name_that_is_none_is_named(job_state: JobState):
-    """Somebody wrote into dtr:jobs by hand."""
-    job_state.redis.zadd(JOBS, {"a b": 1})
+def test_damaged_jobs_are_listed_as_such_and_hide_no_other(job_state: JobState):
+    """Whatever somebody wrote by hand: a name that is none, keys of another type, bytes that are no text."""
+    redis, sound, bad = job_state.redis, job_state.job, Keys(f"bad-{job_state.job}")
+    names = ["a b", b"\xff", bad.job, sound]
+    redis.zadd(JOBS, dict.fromkeys(names, 1))
+    redis.zadd(job_state.keys.members, {"w": 10**15})
+    redis.hset(job_state.keys.meta, mapping={"phase": "READY", "run": "0001-a"})
+    redis.set(bad.meta, "x")
+    redis.zadd(bad.members, {"w": 1})
     try:
-        with pytest.raises(StateCorrupt, match="dtr:jobs lists what is no job"):
-            jobs.read(job_state)
+        found = {one.job: one for one in jobs.read(job_state)}
+        assert (found[sound].alive, found[sound].run, found[sound].damage) == (1, "0001-a", "")
+        assert (found[bad.job].alive, found[bad.job].overdue, found[bad.job].phase) == (0, 1, "")
+        assert found[bad.job].damage.startswith(f"{bad.meta} holds something else than dtr writes: WRONGTYPE")
+        assert found["a b"].damage.startswith("dtr:jobs lists what is no job: job must be 1 to 63 characters")
+        assert found["\\xff"].damage.startswith("dtr:jobs lists what is no job")
+        redis.hset(job_state.keys.meta, "run", b"\xff")
+        redis.delete(bad.members)
+        redis.set(bad.members, "x")
+        found = {one.job: one for one in jobs.read(job_state)}
+        assert (found[sound].alive, found[sound].run) == (1, "\\xff")
+        assert (found[bad.job].alive, found[bad.job].overdue) == (0, 0)
+        assert [part.partition(" ")[0] for part in found[bad.job].damage.split("; ")] == [bad.members, bad.meta]
     finally:
-        job_state.redis.zrem(JOBS, "a b")
+        redis.zrem(JOBS, *names)
+        redis.delete(bad.meta, bad.members)
 
 
 def test_an_event_without_a_kind_is_named(job_state: JobState):

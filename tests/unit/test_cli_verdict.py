@@ -242,8 +242,8 @@ def test_the_departed_are_sorted_and_marked():
     ]
 
 
-def summary(job: str, alive: int) -> JobSummary:
-    return JobSummary(job=job, alive=alive, overdue=0, phase="READY", run="", latest="", opened_ago_s=1.0)
+def summary(job: str, alive: int, damage: str = "") -> JobSummary:
+    return JobSummary(job=job, alive=alive, overdue=0, phase="READY", run="", latest="", opened_ago_s=1.0, damage=damage)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,21 @@ def summary(job: str, alive: int) -> JobSummary:
 def test_the_job_that_is_meant(jobs, chosen):
     """The only one alive, or the only one there is; otherwise nobody guesses."""
     assert choose([summary(name, alive) for name, alive in jobs]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("others", "chosen", "why"),
+    [
+        ([], None, ""), ([("a", 0)], "a", "the only one that is not damaged"), ([("a", 2)], "a", "the only one alive"),
+        ([("a", 0), ("b", 0)], None, ""),
+    ],
+)  # fmt: skip
+def test_a_damaged_job_is_not_guessed_and_is_in_nobodys_way(others, chosen, why):
+    """Unless it is alive: then it may be the one that is meant."""
+    listed = [summary("bad", 0, "damage"), *(summary(name, alive) for name, alive in others)]
+    assert pick(listed, "default", asked=False) == (chosen, why)
+    alive = [summary("bad", 1, "damage"), *listed[1:]]
+    assert choose(alive) is None
 
 
 def test_a_job_that_was_asked_for_is_never_replaced():
