@@ -175,13 +175,18 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, environment, after, number
 
 
 def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, environment):
-    """A wrong number, and a store that does not exist in this world."""
+    """A wrong number, and a store that does not exist in this world; where JSON was asked for, a program is told as well."""
+    before = sorted(os.listdir(tmp_path))
     for options, status, told in (
         (["--workers=99"], 2, "workers"),
         (["--workers=1"], 3, "--no-kill"),
+        (["--no-kill", "--workers=1", "--steps=1"], 3, "steps"),
         (["--store=ftp://x/y"], 3, "ftp"),
+        (["--store="], 3, "got ''"),
     ):
-        done = subprocess.run(demo(*options), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(demo("--json", *options), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert (done.returncode, told in done.stderr) == (status, True), done.stderr
+        found = json.loads(done.stdout)
+        assert (found["exit_code"], told in found["error"]) == (status, True)
     assert ours(tmp_path) == set()
-    assert os.listdir(tmp_path / "tmp") == []
+    assert sorted(os.listdir(tmp_path)) == before

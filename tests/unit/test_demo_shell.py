@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,13 +15,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dtr.checkpoint.staging.arena import Arena
+from dtr.checkpoint.staging.slots import FALLBACK
 from dtr.config import Settings
 from dtr.errors import ConfigError, InvalidInput, Unavailable
+from dtr.host import host_id
+from tests.staged import record, stage
 from tests.waiting import eventually
 from worker_agent.demo.__main__ import main, needs, parser, settings_of
 from worker_agent.demo.advice import advice, command_of
 from worker_agent.demo.checks import Check
-from worker_agent.demo.director import Outcome
+from worker_agent.demo.director import Outcome, TrainersFailed
 from worker_agent.demo.figures import measure
 from worker_agent.demo.interrupts import Interrupts
 from worker_agent.demo.options import BATCH, Options
@@ -38,6 +43,7 @@ from worker_agent.demo.workplace import SHARED_MEMORY, Workplace, clean_environm
         ({"workers": 1}, "workers"),
         ({"steps": 0}, "steps"),
         ({"steps": 7}, "steps"),
+        ({"steps": 1, "workers": 1, "kill": False}, "steps must be at least 2"),
         ({"hidden": 0}, "hidden"),
         ({"rejoin_after_s": -1.0}, "rejoin-after"),
         ({"rejoin_after_s": float("nan")}, "rejoin-after"),
@@ -51,7 +57,19 @@ def test_options_that_cannot_be_are_refused(given, field):
 
 def test_one_trainer_is_fine_where_nobody_is_killed():
     """So are few steps."""
-    assert Options(workers=1, steps=1, kill=False).save_every == 1
+    assert Options(workers=1, steps=2, kill=False).save_every == 1
+
+
+@pytest.mark.parametrize(
+    ("store", "told"),
+    [("", "got ''"), (" ", "got ' '"), ("s3://", "s3://BUCKET/PREFIX"), ("ftp://host/x", "'ftp'"), (__file__, "which is a file")],
+)
+def test_what_is_no_store_is_refused_in_the_words_of_whoever_gave_it(store, told):
+    """Before anything is made, and without the place in it that nobody typed: the exit status is that of every command of dtr."""
+    with pytest.raises(ConfigError, match=told) as caught:
+        Options(store=store)
+    assert "demo-" not in caught.value.message
+    assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize("steps", [8, 30, 60, 400, 1001])
@@ -62,7 +80,7 @@ def test_the_kill_comes_after_the_first_save_and_well_before_the_end(steps):
 
 
 @pytest.mark.parametrize(
-    ("options", "samples"), [({}, 61_440), ({"workers": 16}, 245_760), ({"steps": 100_000}, 352_941), ({"steps": 1, "workers": 1}, 38)]
+    ("options", "samples"), [({}, 61_440), ({"workers": 16}, 245_760), ({"steps": 100_000}, 352_941), ({"steps": 2, "workers": 1}, 76)]
 )
 def test_the_data_is_so_small_that_epochs_end(options, samples):
     """Two epochs end within the steps, unless the library has too few samples for it."""
@@ -71,13 +89,14 @@ def test_the_data_is_so_small_that_epochs_end(options, samples):
     assert asked.samples(17) * 2 <= asked.steps * asked.workers * BATCH
 
 
-def test_a_given_store_gets_a_folder_of_its_own_for_each_demo(tmp_path):
-    """No older job is found in it; a query stays a query; without one the demo's own folder is the store."""
+def test_a_given_store_gets_a_folder_of_its_own_for_each_demo(tmp_path, monkeypatch):
+    """No older job is found in it; a query stays a query, and a folder that is called like one a folder; default: the demo's own folder."""
     assert Options(store="s3://bucket/p?endpoint=http://h:1").store_in("/own", "demo-7") == "s3://bucket/p/demo-7?endpoint=http://h:1"
     assert Options(store=str(tmp_path)).store_in("/own", "demo-7") == f"file://{tmp_path}/demo-7"
+    assert Options(store=f"{tmp_path}/a?b").store_in("/own", "demo-7") == f"file://{tmp_path}/a%3Fb/demo-7"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Options(store="~/mine").store_in("/own", "demo-7") == f"file://{tmp_path}/mine/demo-7"
     assert Options().store_in("/own", "demo-7") == "file:///own"
-    with pytest.raises(ConfigError):
-        Options(store="ftp://host/x").store_in("/own", "demo-7")
 
 
 def test_defaults_of_the_command_line_are_those_of_the_options():
@@ -132,12 +151,6 @@ def test_workplace_knows_its_processes_and_leaves_nothing(tmp_path, monkeypatch)
     ]
     try:
         eventually(lambda: {process.pid for process in place.running()} == {children[0].pid, children[1].pid}, what="both are seen")
-        (place.staging / ".launchers").mkdir(parents=True)
-        (place.staging / "slot").touch()
-        assert place.remains() == []
-        (place.staging / ".launchers" / "demo.0.lock").touch()
-        (place.gradients / "gradients-1").touch()
-        assert place.remains() == ["gradients/gradients-1", "staging/.launchers/demo.0.lock"]
         place.clear(keep=False)
         assert [child.wait(30) for child in children[:2]] == [-signal.SIGKILL] * 2
         assert children[2].poll() is None
@@ -147,6 +160,34 @@ def test_workplace_knows_its_processes_and_leaves_nothing(tmp_path, monkeypatch)
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_whatever_stays_in_memory_is_seen_slots_above_all(tmp_path, monkeypatch):
+    """Only the host's name and the word of where slots went instead may stay; a slot counts there too, and clearing gives it back."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    place, disk = Workplace.create(memory_bytes=1, disk_bytes=1), tmp_path / "disk"
+    try:
+        assert host_id(str(place.staging))
+        (place.staging / ".launchers").mkdir()
+        (place.staging / FALLBACK).write_text(f"{disk}\n")
+        assert place.remains() == []
+        (place.staging / ".launchers" / "demo.0.lock").touch()
+        (place.gradients / "gradients-1").touch()
+        slot = [f"demo/w0/{name}" for name in ("owner.lock", "slot-0.json", "slot-0.lock", "slot-0.safetensors")]
+        with contextlib.ExitStack() as trainers:
+            for folder in (place.staging, disk):
+                arena = trainers.enter_context(contextlib.closing(Arena(str(folder), job="demo", worker="w0")))
+                stage(arena, b"left", record(job="demo"))
+        assert place.remains() == [
+            *(f"{disk}/{name}" for name in slot),
+            "gradients/gradients-1",
+            "staging/.launchers/demo.0.lock",
+            *(f"staging/{name}" for name in slot),
+        ]
+    finally:
+        place.clear(keep=True)
+    assert not place.memory.exists()
+    assert not disk.exists()
 
 
 def test_what_a_killed_demo_left_is_removed_by_the_next_one(tmp_path, monkeypatch):
@@ -335,3 +376,26 @@ def test_an_error_of_dtr_is_one_line_and_its_exit_status(monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.err == "dtr demo: no server program was found\n"
     assert "kept: " in said.out
+
+
+@pytest.mark.usefixtures("without_a_process")
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], {"error": "the trainers failed; the end of the log: it hurts", "code": "TrainersFailed", "exit_code": 1}),
+        (["--store="], {"code": "ConfigError", "exit_code": 3}),
+        (["--workers=1"], {"code": "InvalidInput", "exit_code": 3}),
+    ],
+)
+def test_an_error_is_an_object_on_stdout_where_json_was_asked_for(monkeypatch, capsys, arguments, error):
+    """Early or late, as of every command of dtr; people get the lines of the message as they are."""
+
+    def fail(options, place, settings, report):
+        raise TrainersFailed("the trainers failed; the end of the log:\nit hurts")
+
+    monkeypatch.setattr("worker_agent.demo.__main__.direct", fail)
+    assert main(["--json", *arguments]) == error["exit_code"]
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found == {"error": found["error"], **error}
+    assert found["error"] in " ".join(said.err.split())

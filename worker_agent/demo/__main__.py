@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import worker_agent
+from dtr.cli.failures import describe
 from dtr.config import Settings
 from dtr.errors import DtrError
 from dtr.store import open_store
@@ -104,8 +105,7 @@ def run(options: Options, interrupts: Interrupts, report: Report) -> int:
     except DtrError as exc:
         keep = keep or begun  # for whoever wants to know why
         report.close()
-        print(f"dtr demo: {exc.message}", file=sys.stderr)
-        return exc.exit_code
+        return fail(exc, as_json=options.json)
     finally:
         report.close()
         place.clear(keep=keep)
@@ -133,6 +133,18 @@ def to_json(figures: Figures, checks: Sequence[Check]) -> str:
     return json.dumps({"name": "demo", "ok": all(check.ok for check in checks), "figures": figures.as_dict(), "checks": verdicts})
 
 
+def fail(exc: DtrError, *, as_json: bool) -> int:
+    """Say what went wrong, to programs as every command of dtr does, and return the exit status.
+
+    People get the message with its lines: the end of a log is easier to read so.
+    """
+    status, kind, message = describe(exc)
+    if as_json:
+        print(json.dumps({"error": message, "code": kind, "exit_code": status}), flush=True)
+    print(f"dtr demo: {exc.message}", file=sys.stderr)
+    return status
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the demo and return the exit status."""
     interrupts = Interrupts()
@@ -146,8 +158,7 @@ def main(argv: Sequence[str]) -> int:
         report.hint(f"dtr demo: {learners} to write Python, {killed}", "bold")
         return run(options, interrupts, report)
     except DtrError as exc:
-        print(f"dtr demo: {exc.message}", file=sys.stderr)
-        return exc.exit_code
+        return fail(exc, as_json=args.json)
 
 
 if __name__ == "__main__":

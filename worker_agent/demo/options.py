@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,7 +27,7 @@ class Options:
 
     Args:
         workers: trainers; 1 only without a kill, since somebody has to notice.
-        steps: optimizer steps.
+        steps: optimizer steps; at least 2, since the loss is to fall, and 8 with a kill.
         store: where checkpoints go, and stay; None: into the demo's own folder.
         kill: whether one trainer gets SIGKILL midway.
         keep: whether the demo's folder stays.
@@ -38,6 +39,7 @@ class Options:
 
     Raises:
         InvalidInput: names the field.
+        ConfigError: the store is none; the message has what was given.
     """
 
     workers: int = 4
@@ -62,6 +64,10 @@ class Options:
             raise InvalidInput("workers must be at least 2, because one is killed and the others notice; or add --no-kill", field="workers")
         if self.kill and self.steps < 8:
             raise InvalidInput(f"steps must be at least 8 to kill a trainer midway, got {self.steps}; or add --no-kill", field="steps")
+        if self.steps < 2:
+            raise InvalidInput(f"steps must be at least 2, so that the loss can fall from one to the next, got {self.steps}", field="steps")
+        if self.store is not None:
+            open_store(self.store).close()  # refuses what is none, in the words of whoever gave it
 
     @property
     def fewest_workers(self) -> int:
@@ -93,8 +99,5 @@ class Options:
         """The URL of this demo's store: below the one that was given, in a place of its own, so that no older job is found there."""
         if self.store is None:
             return f"file://{folder}"
-        given = self.store if "://" in self.store else f"file://{os.path.abspath(self.store)}"
-        place, mark, query = given.partition("?")
-        url = f"{place.rstrip('/')}/{stamp}{mark}{query}"
-        open_store(url)  # refuses what is no URL of a store
-        return url
+        with contextlib.closing(open_store(self.store)) as given:
+            return given.child(stamp).url

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from dtr.checkpoint.staging.slots import FALLBACK, fallback
 from dtr.config import Settings
 from dtr.errors import ConfigError, Unavailable
 from dtr.stack import processes
@@ -30,6 +31,8 @@ SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - folders in it are made b
 _PREFIX: Final = "dtr-demo-"
 _LOCK: Final = "lock"
 _MEMORY: Final = "memory"
+_STAGING: Final = "staging"
+_STAYING: Final = (".host-id", FALLBACK)  # of a staging folder: whose it is and where its slots went if not here, for whoever comes next
 _LAUNCHER_VARIABLES: Final = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
 _ONE_THREAD: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -143,7 +146,7 @@ class Workplace:
 
     @property
     def staging(self) -> Path:
-        return self.memory / "staging"
+        return self.memory / _STAGING
 
     @property
     def gradients(self) -> Path:
@@ -166,16 +169,18 @@ class Workplace:
         return list(_processes_of(self.home, self.folder))
 
     def remains(self) -> list[str]:
-        """What is in memory that somebody should have removed: anything but the staging folder, which serves whoever comes next."""
-        left = [path for path in self.memory.rglob("*") if not path.is_dir() and self.staging not in path.parents]
-        left += self.staging.glob(".launchers/*")
-        return sorted(str(path.relative_to(self.memory)) for path in left)
+        """The files that somebody should have removed, in memory and where slots went that found no room in it."""
+        elsewhere = fallback(str(self.staging))
+        folders = [self.memory, Path(elsewhere)] if elsewhere else [self.memory]
+        staying = {self.staging / name for name in _STAYING}
+        left = [path for folder in folders for path in folder.rglob("*") if not path.is_dir() and path not in staying]
+        return sorted(str(path).removeprefix(f"{self.memory}/") for path in left)
 
     def clear(self, *, keep: bool) -> None:
         """End every process of the demo and remove the folders; ``keep`` leaves the one on disk."""
         for process in self.running():
             processes.send(process, signal.SIGKILL)
-        shutil.rmtree(self.memory, ignore_errors=True)
+        _give_back(self.memory)
         if keep:
             for name in (_MEMORY, _LOCK):  # without a lock nobody takes it for a dead demo's
                 (self.folder / name).unlink(missing_ok=True)
@@ -192,9 +197,16 @@ def sweep(base: Path) -> None:
         if folder.lstat().st_uid == os.getuid() and (folder / _LOCK).exists() and lock.take():
             memory = (folder / _MEMORY).resolve()
             if memory.name.startswith(_PREFIX):
-                shutil.rmtree(memory, ignore_errors=True)
+                _give_back(memory)
             shutil.rmtree(folder, ignore_errors=True)
             lock.release()
+
+
+def _give_back(memory: Path) -> None:
+    """Remove the folder, and the one on disk where slots went that found no room in it; named after its host id, it is nobody else's."""
+    if elsewhere := fallback(str(memory / _STAGING)):
+        shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.rmtree(memory, ignore_errors=True)
 
 
 def _lock(folder: Path) -> Lock:
