@@ -1,9 +1,10 @@
 """How fast a checkpoint is restored, beside a raw parallel read of the same object and beside a copy of memory.
 
 What is measured of dtr is the whole call of ``restore``: lineage, manifest, the bytes verified, the arrays built. The raw read is what the
-medium allows: as many threads as dtr uses, each with pieces of its own, straight into memory, the same checksum verified on the way. Both
-have their files in the page cache, and both take new memory; with ``into`` both fill memory that was touched before. A slot in memory is
-compared with one copy per array into touched memory: ``slot_over_memcpy`` is a restore into arrays that are there, as those of a rank that
+medium allows: as many threads as dtr uses, which are there already, each with pieces of its own, straight into memory; the same checksum
+is verified on the way, of each block (as large as dtr's) while it is in the processor's cache. Both have their files in the page cache, and
+both take new memory; with ``into`` both fill memory that was touched before. A slot in memory is compared with one copy per array into
+touched memory, by threads that are there already: ``slot_over_memcpy`` is a restore into arrays that are there, as those of a rank that
 survived, and ``slot_new_over_memcpy`` one that has to take new memory. All pairs alternate, and each ratio is the median of the pairs'.
 """
 
@@ -14,6 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,7 @@ from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.restoring.fetch import new_memory
 from dtr.checkpoint.restoring.nearby import THREADS as MEMORY_THREADS
-from dtr.checkpoint.restoring.source import OBJECT_THREADS
+from dtr.checkpoint.restoring.source import OBJECT_BLOCK_BYTES, OBJECT_THREADS
 from dtr.checkpoint.survey import read_manifest
 from dtr.checkpoint.uploading.upload import Uploader
 from dtr.config import Settings
@@ -109,15 +111,18 @@ def _local(found: Found, settings: Settings, store: str, state: State, pairs: in
         run = _commit(manager, settings, state)
         _memory(manager, state, pairs, found)
         # Another process would not see this one's slots; this reader does not look at them.
-        with CheckpointManager(store, settings=replace(settings, staging=f"{settings.staging}/none")) as reader:
+        with (
+            CheckpointManager(store, settings=replace(settings, staging=f"{settings.staging}/none")) as reader,
+            _pool(OBJECT_THREADS) as pool,
+        ):
             facts = read_manifest(open_store(store).child(settings.job), run, 0).parts[0]
             path = f"{store}/{settings.job}/{facts.object}"
             size_bytes, into = facts.size_bytes, _blank(state)
             touched = np.ones(size_bytes, np.uint8)
-            ours, raw = _pairs(reader.restore, lambda: _raw_read(path, facts, new_memory(size_bytes)), pairs)
+            ours, raw = _pairs(reader.restore, lambda: _raw_read(pool, path, facts, new_memory(size_bytes)), pairs)
             found.add("local", "raw_read", ours, raw, size_bytes)
             found.ratios["over_raw_read"] = _ratio(raw, ours)
-            ours, raw = _pairs(lambda: reader.restore(into=into), lambda: _raw_read(path, facts, touched), pairs)
+            ours, raw = _pairs(lambda: reader.restore(into=into), lambda: _raw_read(pool, path, facts, touched), pairs)
             found.add("local_into", "raw_read_touched", ours, raw, size_bytes)
             found.ratios["over_raw_read_into"] = _ratio(raw, ours)
             tenth = [name for n, name in enumerate(state) if n % 10 == 0]
@@ -132,12 +137,13 @@ def _memory(manager: CheckpointManager, state: State, pairs: int, found: Found) 
     restored = manager.restore()
     _check(state, restored, "slot")
     del restored
-    ours, copies = _pairs(manager.restore, lambda: _memcpy(state, targets), pairs)
-    found.add("slot", "memcpy", ours, copies, size_bytes)
-    found.ratios["slot_new_over_memcpy"] = _ratio(ours, copies)
-    ours, copies = _pairs(lambda: manager.restore(into=into), lambda: _memcpy(state, targets), pairs)
-    found.figures["slot_into_mib_per_s"] = size_bytes / MIB / statistics.median(ours)
-    found.ratios["slot_over_memcpy"] = _ratio(ours, copies)
+    with _pool(min(MEMORY_THREADS, os.cpu_count() or 1)) as pool:
+        ours, copies = _pairs(manager.restore, lambda: _memcpy(pool, state, targets), pairs)
+        found.add("slot", "memcpy", ours, copies, size_bytes)
+        found.ratios["slot_new_over_memcpy"] = _ratio(ours, copies)
+        ours, copies = _pairs(lambda: manager.restore(into=into), lambda: _memcpy(pool, state, targets), pairs)
+        found.figures["slot_into_mib_per_s"] = size_bytes / MIB / statistics.median(ours)
+        found.ratios["slot_over_memcpy"] = _ratio(ours, copies)
 
 
 def _remote(found: Found, settings: Settings, bucket: Any, state: State, pairs: int) -> None:
@@ -145,10 +151,10 @@ def _remote(found: Found, settings: Settings, bucket: Any, state: State, pairs: 
     url = f"s3://{bucket.bucket}/dtr?endpoint={bucket.endpoint}&region={bucket.region}"
     with CheckpointManager(url, settings=settings) as manager:
         run = _commit(manager, settings, state)
-    with CheckpointManager(url, settings=replace(settings, staging=f"{settings.staging}/none")) as reader:
+    with CheckpointManager(url, settings=replace(settings, staging=f"{settings.staging}/none")) as reader, _pool(OBJECT_THREADS) as pool:
         facts = read_manifest(open_store(url).child(settings.job), run, 0).parts[0]
         get = _getter(bucket, f"dtr/{settings.job}/{facts.object}")
-        ours, raw = _pairs(reader.restore, lambda: _raw_get(get, facts, new_memory(facts.size_bytes)), pairs)
+        ours, raw = _pairs(reader.restore, lambda: _verified(pool, get, facts, new_memory(facts.size_bytes)), pairs)
         found.add("s3", "s3_raw_read", ours, raw, facts.size_bytes)
         found.ratios["s3_over_raw_read"] = _ratio(raw, ours)
         _check(state, reader.restore(), "store")
@@ -192,7 +198,18 @@ def _ratio(numerators: list[float], denominators: list[float]) -> float:
 # --- what the medium allows -------------------------------------------------------------------------------------------
 
 
-def _raw_read(path: str, facts: PartFacts, memory: Any) -> Any:
+@contextlib.contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that wait for work: what a figure is compared with does not start its own while the clock runs."""
+    started = threading.Barrier(threads + 1)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(threads):
+            pool.submit(started.wait)
+        started.wait()
+        yield pool
+
+
+def _raw_read(pool: ThreadPoolExecutor, path: str, facts: PartFacts, memory: Any) -> Any:
     """The object, read piece by piece by a few threads and verified; the memory."""
     descriptor = os.open(path, os.O_RDONLY)
 
@@ -202,34 +219,30 @@ def _raw_read(path: str, facts: PartFacts, memory: Any) -> Any:
             view, offset = view[count:], offset + count
 
     try:
-        return _verified(fill, facts, memory, OBJECT_THREADS)
+        return _verified(pool, fill, facts, memory)
     finally:
         os.close(descriptor)
 
 
-def _raw_get(get: Callable[[memoryview, int], None], facts: PartFacts, memory: Any) -> Any:
-    return _verified(get, facts, memory, OBJECT_THREADS)
-
-
-def _verified(fill: Callable[[memoryview, int], None], facts: PartFacts, memory: Any, threads: int) -> Any:
+def _verified(pool: ThreadPoolExecutor, fill: Callable[[memoryview, int], None], facts: PartFacts, memory: Any) -> Any:
     from awscrt.checksums import crc64nvme
 
     def piece(start: int) -> bool:
-        view = memoryview(memory)[start : start + facts.piece_bytes]
-        fill(view, start)
-        at = start // facts.piece_bytes * 16
-        return bool(crc64nvme(view) == int(facts.pieces[at : at + 16], 16))
+        end, at, crc = min(start + facts.piece_bytes, facts.size_bytes), start // facts.piece_bytes * 16, 0
+        for low in range(start, end, OBJECT_BLOCK_BYTES):
+            block = memoryview(memory)[low : min(low + OBJECT_BLOCK_BYTES, end)]
+            fill(block, low)
+            crc = crc64nvme(block, crc)
+        return bool(crc == int(facts.pieces[at : at + 16], 16))
 
-    with ThreadPoolExecutor(threads) as pool:
-        if not all(pool.map(piece, range(0, facts.size_bytes, facts.piece_bytes))):
-            raise RuntimeError("the raw read met a wrong checksum")
+    if not all(pool.map(piece, range(0, facts.size_bytes, facts.piece_bytes))):
+        raise RuntimeError("the raw read met a wrong checksum")
     return memory
 
 
-def _memcpy(state: State, targets: State) -> None:
+def _memcpy(pool: ThreadPoolExecutor, state: State, targets: State) -> None:
     """One copy per array, by as many threads as dtr uses."""
-    with ThreadPoolExecutor(min(MEMORY_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda name: np.copyto(targets[name], state[name]), state))
+    list(pool.map(lambda name: np.copyto(targets[name], state[name]), state))
 
 
 def _getter(bucket: Any, key: str) -> Callable[[memoryview, int], None]:
@@ -241,7 +254,8 @@ def _getter(bucket: Any, key: str) -> Callable[[memoryview, int], None]:
 
     def get(view: memoryview, offset: int) -> None:
         answer = client.get_object(Bucket=bucket.bucket, Key=key, Range=f"bytes={offset}-{offset + len(view) - 1}")
-        view[:] = answer["Body"].read()
+        while view and (count := answer["Body"].readinto(view)):
+            view = view[count:]
 
     return get
 

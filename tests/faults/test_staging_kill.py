@@ -142,6 +142,11 @@ def small_memory(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def warmed(arena: Arena) -> None:
+    """Return when no slot is made in the background any more."""
+    eventually(lambda: arena._warming is not None and not arena._warming.is_alive(), what="the background slot")
+
+
 def test_too_little_shared_memory_falls_back_to_disk(small_memory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Docker's small /dev/shm does not stop a save of 16 MiB: it goes to disk, with the numbers, where the uploader looks as well."""
     arena = Arena(str(small_memory), job="job", worker="w0", fallback=str(tmp_path / "disk"))
@@ -159,10 +164,49 @@ def test_too_little_shared_memory_falls_back_to_disk(small_memory: Path, tmp_pat
     assert [name for name in os.listdir(tmp_path / "disk") if not name.startswith(".")] == []
 
 
+def test_ranks_that_find_no_room_in_memory_go_to_disk(small_memory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Memory for two or three slots, and five ranks: those that come first have theirs there, the others on disk, and nobody starves."""
+    size_bytes, disk = 5 << 18, tmp_path / "disk"  # three slots are 3.75 MiB
+    arenas = [Arena(str(small_memory), job="job", worker=f"w{n}", fallback=str(disk), policy="fail") for n in range(5)]
+
+    with caplog.at_level(logging.WARNING):
+        for n, arena in enumerate(arenas):
+            stage(arena, bytes([65 + n]) * size_bytes, record(1, worker=f"w{n}"))
+            warmed(arena)
+    assert f"holds {4 << 20} bytes and two slots need {2 * size_bytes}" in caplog.text
+    found = staged(small_memory)
+    assert sorted(one.record.worker for one in found if one.record) == [f"w{n}" for n in range(5)]
+    assert sum(one.files.data.startswith(str(small_memory)) for one in found) == 2, "the first rank's second slot is the third in memory"
+    for one in found:
+        assert finish(one, "committed")
+    stage(arenas[4], b"f" * size_bytes, record(2, worker="w4"))
+    assert [one.files.data.startswith(str(disk)) for one in staged(small_memory)] == [True]
+    for arena in arenas:
+        arena.close()
+
+
+def test_a_state_that_outgrew_memory_goes_to_disk(small_memory: Path, tmp_path: Path) -> None:
+    """Its free slots in memory are given up for the others, and what still waits there stays."""
+    (small_memory / "others").write_bytes(b"x" * (1 << 20))
+    arena = Arena(str(small_memory), job="job", worker="w0", fallback=str(tmp_path / "disk"), policy="fail", slots=3)
+    stage(arena, b"a" * (1 << 19), record(1))
+    stage(arena, b"b" * (1 << 19), record(2))
+    assert finish(next(one for one in staged(small_memory) if one.record and one.record.step == 1), "committed")
+    warmed(arena)
+    (small_memory / "more").write_bytes(b"x" * (1 << 20))
+    stage(arena, b"c" * (2 << 20), record(3))
+    where = {one.record.step: one.files.folder for one in staged(small_memory) if one.record}
+    assert where == {2: f"{small_memory}/job/w0", 3: f"{tmp_path}/disk/job/w0"}
+    assert sum(path.stat().st_size for path in (small_memory / "job" / "w0").glob("*.safetensors")) == 1 << 19
+    arena.close()
+
+
 def test_a_full_folder_fails_the_save_with_the_numbers(small_memory: Path) -> None:
-    """Shared memory that is large enough but full: nothing is written, nothing is killed, and the next save works once there is room."""
+    """Shared memory that is large enough but full, with a budget for it, so that disk was not asked for: nothing is written, nothing is
+    killed, and the next save works once there is room.
+    """
     (small_memory / "others").write_bytes(b"x" * (3 << 20))
-    arena = Arena(str(small_memory), job="job", worker="w0", policy="fail")
+    arena = Arena(str(small_memory), job="job", worker="w0", policy="fail", budget_bytes=4 << 20)
     with pytest.raises(StagingFull, match="needs 1572864 bytes more") as error:
         arena.acquire(3 << 19)
     assert error.value.needed_bytes == 3 << 19
@@ -185,7 +229,7 @@ for pages in range(0, 120, 3):
     status = os.statvfs(staging)
     filler = os.open(f"{staging}/filler", os.O_RDWR | os.O_CREAT)
     os.posix_fallocate(filler, 0, (status.f_bavail - pages) * status.f_frsize)
-    arena = Arena(staging, job="job", worker="w0", policy="fail")
+    arena = Arena(staging, job="job", worker="w0", policy="fail", budget_bytes=4 << 20)
     try:
         stage(arena, bytes([pages]) * SIZE, record(pages))
     except StagingFull as error:

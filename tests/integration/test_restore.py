@@ -11,6 +11,7 @@ import pytest
 
 from dtr.checkpoint import base
 from dtr.checkpoint.manager import CheckpointManager
+from dtr.checkpoint.restoring.agreement import Agreement, Answer
 from dtr.config import Settings
 from dtr.errors import (
     CheckpointAbandoned,
@@ -58,6 +59,29 @@ class TestRanks:
             assert "world_size=2" in str(errors[0])
             assert "restore(step=1)" in str(errors[0])
             assert [f.state for f in job.restore(step=1)] == [b"old"] * 3
+
+    def test_the_verdict_is_that_of_every_rank_whoever_left_with_it(
+        self, settings: Settings, store: Path, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The rank that hears it first exits, and so ends the run: the one that looks later is told the same, not who left."""
+        with running(settings, store, 3) as job:
+            job.commit(lambda r: r.rank, 1)
+        left, wait = threading.Event(), Agreement._wait_for_news
+
+        def late(agreement: Agreement, before: Answer) -> Answer:
+            assert left.wait(WITHIN_S)
+            return wait(agreement, before)
+
+        def restored(rank: Rank) -> object:
+            try:
+                return rank.manager.restore()
+            finally:
+                rank.session.close()
+                left.set()
+
+        monkeypatch.setattr(Agreement, "_wait_for_news", late)
+        with running(settings, store, 2) as job:
+            assert [type(error) for error in job.each(restored)] == [WorldSizeMismatch] * 2
 
     @pytest.mark.parametrize("readers", [1, 4])
     def test_any_world_size_restores_replicated_state(self, settings: Settings, store: Path, uploads: Uploads, readers: int) -> None:

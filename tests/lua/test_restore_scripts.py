@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from dtr.errors import CheckpointConflict, CheckpointError, RosterChanged, State
 from dtr.membership import Identity
 from dtr.runs import Run
 from dtr.state.job import JobState
+from tests.lua.checkpoints import snapshot
 from tests.lua.jobs import formed, leave, opened
 
 STORE = "file:///store"
@@ -101,6 +103,37 @@ class TestOffers:
         leave(job_state, b)
         with pytest.raises(RosterChanged, match="signal 9"):
             offer(job_state, a, run, "0001-x/1")
+
+    @pytest.mark.parametrize("verdict", ["FAILED", "NONE"])
+    def test_how_an_attempt_failed_is_told_after_the_run_has_ended(self, job_state: JobState, verdict: str) -> None:
+        """Whoever heard it first has left: the other hears the same, and nothing is written; no later attempt is begun."""
+        (a, b), run = formed(job_state, "a", "b")
+        rejected = ["0001-x/30", "truncated"] if verdict == "FAILED" else []
+        offer(job_state, a, run, "", *rejected)
+        assert offer(job_state, b, run, "")[0] == verdict
+        leave(job_state, b)
+        before = snapshot(job_state)
+        for answer in (offer(job_state, a, run, ""), vote(job_state, a, run, "0001-x/30")):
+            assert (answer[0], answer[3]) == (verdict, ["0001-x/30", "rank 0: truncated"] if rejected else [])
+        with pytest.raises(RosterChanged):
+            offer(job_state, a, run, "", attempt=1)
+        with pytest.raises(RosterChanged):
+            offer(job_state, replace(a, incarnation="0" * 12), run, "")
+        assert snapshot(job_state) == before
+
+    @pytest.mark.parametrize("offered", ["", "0001-x/1"])
+    def test_an_agreement_does_not_outlive_its_run(self, job_state: JobState, offered: str) -> None:
+        """What the run continues can't be fixed any more, be it a checkpoint or nothing: that is no verdict."""
+        (a, b), run = formed(job_state, "a", "b")
+        offer(job_state, a, run, offered, fresh=True)
+        answer = offer(job_state, b, run, offered, fresh=True)
+        if offered:
+            vote(job_state, a, run, offered)
+            answer = vote(job_state, b, run, offered)
+        assert answer[0] == ("AGREED" if offered else "FRESH")
+        leave(job_state, b)
+        with pytest.raises(RosterChanged):
+            offer(job_state, a, run, offered, fresh=True)
 
 
 class TestVotes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Final
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from numpy.testing import assert_array_equal
 from dtr.checkpoint.format import tensors, tree
 from dtr.checkpoint.format.paths import Patterns
 from dtr.checkpoint.format.tree import TREE
+from dtr.checkpoint.restoring import apart
+from dtr.checkpoint.restoring.apart import Target
 from dtr.checkpoint.restoring.fetch import read_bytes, read_state
 from dtr.checkpoint.restoring.source import PieceSource
 from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, StateMismatch
@@ -231,6 +234,132 @@ class TestInto:
         one = np.zeros(2000)
         restored(source, into={"a": one, "b": one})
         assert_array_equal(one, shared)
+
+
+def views(ground: Any) -> dict[str, Any]:
+    """Some of one buffer: overlapping, side by side, interleaved."""
+    return {
+        "head": ground[:60],
+        "tail": ground[50:],
+        "even": ground[::2],
+        "square": ground.reshape(10, 10),
+        "turned": ground.reshape(10, 10).T,
+    }
+
+
+class TestTargetsThatShareMemory:
+    """What would be written twice is refused before a byte is read, unless it was saved so."""
+
+    APART: Final = {"a": np.arange(100.0), "b": np.arange(100.0) * 10}
+
+    @pytest.mark.parametrize(
+        "made",
+        [
+            lambda ground: {"a": ground[:100], "b": ground[:100]},
+            lambda ground: {"a": ground[:100], "b": ground[50:150]},
+            lambda ground: {"a": ground[50:150], "b": ground[:100]},
+            lambda ground: {"a": ground[:199:2], "b": ground[100:]},
+            lambda ground: {"a": ground[:200].view(np.uint8)[3:803].view(np.float64), "b": ground[:100]},
+        ],
+    )
+    def test_are_refused_where_the_saved_do_not(self, made: Any) -> None:
+        """The same array twice, views that overlap in either order, strided ones, a part of an item; both paths are named."""
+        given = made(ground := np.full(200, -1.0))
+        with pytest.raises(StateMismatch, match=r"state\['a'\] shares memory with state\['b'\]") as refused:
+            restored(saved(self.APART), into=given)
+        assert refused.value.facts["path"] == "state['a']"
+        assert (ground == -1).all()
+
+    @pytest.mark.parametrize("kind", [np.asarray, "torch"])
+    def test_are_filled_where_the_saved_share_it_alike(self, kind: Any) -> None:
+        """Views of one buffer into the same views of another, of one array under two names, and of a transposed one."""
+        make = pytest.importorskip("torch").from_numpy if kind == "torch" else kind
+        state, given = views(make(np.arange(100.0))), views(make(np.zeros(100)))
+        restored(saved(state), into=given)
+        assert_array_equal(given["square"], np.arange(100.0).reshape(10, 10))
+        turned = make(np.zeros((10, 10))).T
+        restored(saved({"a": state["square"], "b": state["square"]}), into={"a": turned, "b": turned})
+        assert_array_equal(turned, state["square"])
+
+    def test_are_refused_where_the_saved_share_it_otherwise(self) -> None:
+        """Tied at another offset, or only one of them turned."""
+        source, ground = saved(views(np.arange(100.0))), np.zeros(100)
+        for change in ({"tail": ground[40:90]}, {"turned": ground.reshape(10, 10)}):
+            with pytest.raises(StateMismatch, match="shares memory"):
+                restored(source, into={**views(ground), **change})
+
+    def test_may_interleave(self) -> None:
+        """Rows, columns and fields of one buffer share no byte, though their extents overlap."""
+        ground, pairs = np.zeros((100, 3)), np.zeros(100, [("x", "<f8"), ("y", "<f8")])
+        restored(saved(self.APART), into=(given := {"a": ground[:, 0], "b": ground[:, 2]}))
+        assert_equal({name: array.copy() for name, array in given.items()}, self.APART)
+        assert not ground[:, 1].any()
+        restored(saved(self.APART), into={"a": pairs["x"], "b": pairs["y"]})
+        assert_array_equal(pairs["y"], self.APART["b"])
+
+    def test_are_refused_where_elements_of_one_share_it(self) -> None:
+        """A sliding window can't hold what was saved of another one."""
+        window = np.lib.stride_tricks.sliding_window_view(np.zeros(109), 10, writeable=True)
+        with pytest.raises(StateMismatch, match=r"state has elements that share memory"):
+            restored(saved(np.arange(1000.0).reshape(100, 10)), into=window)
+
+    def test_of_torch_are_told_apart_by_what_is_seen(self) -> None:
+        """A tensor and its conjugate are one memory, and so are a tensor and an array of numpy's."""
+        torch = pytest.importorskip("torch")
+        tied = torch.arange(4) * 1j
+        given = torch.zeros(4, dtype=torch.complex64)
+        with pytest.raises(StateMismatch, match="shares memory"):
+            restored(saved({"a": tied, "b": tied}), into={"a": given, "b": given.conj()})
+        ground = np.zeros(4)
+        with pytest.raises(StateMismatch, match="shares memory"):
+            restored(saved({"a": np.arange(4.0), "b": torch.arange(4.0).double()}), into={"a": ground, "b": torch.from_numpy(ground)})
+        with pytest.raises(StateMismatch, match="without plain memory"):
+            restored(saved({"a": tied}), into={"a": tied.to("meta")})
+
+    def test_containers_too(self) -> None:
+        """One dict or list under two names takes what was saved alike, and nothing else."""
+        one: dict[str, Any] = {"n": 0, "w": np.zeros(5)}
+        shared = {"n": 3, "w": np.arange(5.0)}
+        restored(saved({"a": shared, "b": shared}), into={"a": one, "b": one})
+        assert_equal(one, shared)
+        items = [0]
+        for other in ([2], [1.0]):
+            with pytest.raises(StateMismatch, match=r"state\['b'\] is the same list as state\['a'\]"):
+                restored(saved({"a": [1], "b": other}), into={"a": items, "b": items})
+        assert items == [0]
+
+    @pytest.mark.parametrize("layout", ["apart", "one buffer", "one array"])
+    def test_thousands_are_looked_at_quickly(self, layout: str) -> None:
+        """Each is compared with its neighbours, not with all."""
+        count, ground = 5_000, np.zeros(10_000)
+        parts = [
+            ground[2 * n : 2 * n + 2] if layout == "one buffer" else ground if layout == "one array" else np.zeros(2) for n in range(count)
+        ]
+        wanted = [*parts, ground] if layout == "one buffer" else parts
+        targets = [Target(path=f"{n:05}", given=array, saved=array) for n, array in enumerate(wanted)]
+        with mock.patch.object(apart, "_shared_alike", return_value=True) as compared:
+            apart.check_apart(targets)
+        assert compared.call_count <= 2 * count
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    slices=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4), st.integers(-4, 4).filter(bool)), min_size=2, max_size=4),
+)
+def test_apart_is_what_writing_each_finds(slices: list[tuple[int, int, int]]) -> None:
+    """Against an oracle that writes every target and reads it back: refused if and only if one of them lost its values."""
+    ground = np.zeros(64, np.int64)
+    given = [ground[start : start + size * abs(step) : abs(step)][:: 1 if step > 0 else -1] for start, size, step in slices]
+    saved_arrays = [np.arange(array.size) + 1000 * n for n, array in enumerate(given)]
+    for target, values in zip(given, saved_arrays, strict=True):
+        target[...] = values
+    spoilt = any((target != values).any() for target, values in zip(given, saved_arrays, strict=True))
+    targets = [Target(path=str(n), given=pair[0], saved=pair[1]) for n, pair in enumerate(zip(given, saved_arrays, strict=True))]
+    if spoilt:
+        with pytest.raises(StateMismatch):
+            apart.check_apart(targets)
+    else:
+        apart.check_apart(targets)
 
 
 @settings(max_examples=40, deadline=None)

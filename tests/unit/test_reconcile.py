@@ -19,7 +19,7 @@ CLAIMED = replace(STAGED, uploader="t", lease_until_ms=NOW + 1)
 LAPSED = replace(STAGED, uploader="t", lease_until_ms=NOW)
 PAUSED = replace(STAGED, retry_at_ms=NOW + 1)
 DONE = replace(STAGED, state="done")
-GONE = "w0 departed"
+GONE, STUCK = "w0 departed", "w0 departed long ago"
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ GONE = "w0 departed"
         (None, "", GONE, "lose"),
         (None, "COPYING", "", "wait"),
         (None, "COPYING", GONE, "wait"),  # a survivor of the ended run still copies
+        (None, "COPYING", STUCK, "lose"),
+        (None, "STAGED", STUCK, "register"),
         (None, "STAGED", "", "register"),
         (None, "STAGED", GONE, "register"),  # a complete part counts, whoever died
         (replace(STAGED, state=""), "STAGED", "", "register"),
@@ -47,6 +49,6 @@ GONE = "w0 departed"
 )
 def test_judge(part: PartView | None, slot: str, gone: str, act: str) -> None:
     """Every combination of what Redis knows, what the slot holds, and whether the member may still come."""
-    found, reason = judge(part, slot, gone, NOW)
+    found, reason = judge(part, slot, gone, NOW, stuck=gone == STUCK)
     assert found == act
     assert bool(reason) == (act == "lose")

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtr.checkpoint.staging.arena import Arena
-from dtr.checkpoint.staging.reclaim import reclaim
-from dtr.checkpoint.staging.slots import Found, SlotRecord, finish, open_for_reading, roots, scan
+from dtr.checkpoint.staging.reclaim import free_torn, reclaim
+from dtr.checkpoint.staging.slots import Found, SlotRecord, finish, look, open_for_reading, roots, scan
 from dtr.errors import SlotUnavailable
 from tests.staged import record, stage, staged
 
@@ -21,7 +21,7 @@ from tests.staged import record, stage, staged
 @pytest.fixture
 def slot(tmp_path: Path) -> Found:
     """One complete part, its trainer still there."""
-    arena = Arena(str(tmp_path), job="tenant/job", worker="w0")
+    arena = Arena(str(tmp_path), job="tenant/job", worker="w0", slots=1)
     stage(arena, b"a" * 5000, record(1, job="tenant/job"))
     (found,) = staged(tmp_path)
     return found
@@ -98,16 +98,43 @@ def test_a_record_that_cannot_be_read_is_torn(slot: Found, tmp_path: Path, text:
     assert scan(str(tmp_path))[0].kind == "FREE"
 
 
-def test_a_record_of_another_version_is_left_alone(slot: Found, tmp_path: Path) -> None:
-    """A newer dtr may share the folder during an upgrade: its slot is neither read, reused nor reclaimed."""
-    Path(slot.files.record).write_text('{"v": 2, "state": "STAGED"}')
+def with_field(slot: Found, **more: Any) -> bytes:
+    """The slot's record as a later version would write it."""
+    assert slot.record is not None
+    return json.dumps({**json.loads(slot.record.encode()), **more}).encode()
+
+
+@pytest.mark.parametrize("more", [{"v": 2}, {"tier": "cold"}, {"v": 2, "step": "ten"}, {"tier": "cold", "state": "PINNED"}])
+def test_a_record_of_another_version_is_left_alone(slot: Found, tmp_path: Path, more: dict[str, Any]) -> None:
+    """A newer dtr may share the folder during an upgrade: its slot is neither read, reused nor reclaimed; or one with just a field more."""
+    Path(slot.files.record).write_bytes(text := with_field(slot, **more))
+    assert finish(slot, "committed")
     reclaim(str(tmp_path))
     assert scan(str(tmp_path))[0].kind == "FOREIGN"
     newcomer = Arena(str(tmp_path), job="tenant/job", worker="w0", policy="fail")
     taken = newcomer.acquire(5000)
     assert taken is not None
     assert taken.files != slot.files
-    assert Path(slot.files.data).read_bytes() == b"a" * 5000
+    assert (Path(slot.files.record).read_bytes(), Path(slot.files.data).read_bytes()) == (text, b"a" * 5000)
+
+
+@pytest.mark.parametrize("change", [{"step": "ten"}, {"state": "PINNED"}, {"rank": 3}, {"save": "a b"}])
+def test_a_damaged_field_is_torn(slot: Found, tmp_path: Path, change: dict[str, Any]) -> None:
+    """As is a record that lacks one."""
+    whole = json.loads(with_field(slot))
+    for document in ({**whole, **change}, {name: value for name, value in whole.items() if name not in change}):
+        Path(slot.files.record).write_text(json.dumps(document))
+        assert scan(str(tmp_path))[0].kind == "TORN"
+
+
+def test_what_a_newer_one_wrote_meanwhile_is_not_freed(slot: Found) -> None:
+    """Damaged at the scan, and by the time of the lock the record of another version: neither can be read, and only one is torn."""
+    Path(slot.files.record).write_bytes(b"{")
+    torn = look(slot.files)
+    assert torn.kind == "TORN"
+    Path(slot.files.record).write_bytes(text := with_field(slot, tier="cold"))
+    free_torn([torn])
+    assert Path(slot.files.record).read_bytes() == text
 
 
 def test_a_slot_with_another_save_is_not_read_as_the_first(slot: Found) -> None:

@@ -16,10 +16,11 @@ from dtr.errors import UnsupportedLeaf
 from tests.unit.test_tree import round_trip
 
 torch = pytest.importorskip("torch", reason="torch is an extra: pip install dtr[torch]")
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
 DTYPES = [
     "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64", "bfloat16",
-    "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "complex32", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
 ]  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def test_tied_weights() -> None:
             assert bool((back[1] == 7).all())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "complex128"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "complex32", "complex128"])
 def test_a_flat_buffer_and_its_views(dtype: str) -> None:
     """What optimizers do: one buffer, parameters as windows of it, one of them transposed; beside it or without it."""
     buffer = torch.randint(0, 256, (64 * 16,), dtype=torch.uint8).view(getattr(torch, dtype))

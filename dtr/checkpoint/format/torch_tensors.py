@@ -40,14 +40,15 @@ _LABELS: Final = {
 }  # fmt: skip
 _NAMES: Final = {label: name for name, label in _LABELS.items()}
 _AS_INTEGERS: Final = {
-    "BF16": "int16",
-    "F8_E4M3": "uint8",
-    "F8_E5M2": "uint8",
-    "F8_E4M3FNUZ": "uint8",
-    "F8_E5M2FNUZ": "uint8",
-    "F8_E8M0": "uint8",
+    "bfloat16": "int16",
+    "float8_e4m3fn": "uint8",
+    "float8_e5m2": "uint8",
+    "float8_e4m3fnuz": "uint8",
+    "float8_e5m2fnuz": "uint8",
+    "float8_e8m0fnu": "uint8",
+    "complex32": "int32",
 }
-RAW: Final = {"complex128": np.dtype("<c16")}
+RAW: Final = {"complex128": np.dtype("<c16"), "complex32": np.dtype("V4")}  # those that it lacks, as numpy sees them, if it does
 DTYPES: Final = frozenset(_LABELS) | frozenset(RAW)
 
 
@@ -127,7 +128,7 @@ def array_of(value: Any) -> Any:
         plain = plain.resolve_conj().resolve_neg()
     if not is_here(plain):
         return OnDevice(plain, _held_dtype(dtype_name(plain)))
-    if (integers := _AS_INTEGERS.get(_LABELS.get(dtype_name(plain), ""))) is not None:
+    if (integers := _AS_INTEGERS.get(dtype_name(plain))) is not None:
         plain = plain.view(getattr(torch, integers))
     return plain.numpy()
 
@@ -137,7 +138,7 @@ def reader_of(value: Any) -> Callable[[Any], Any]:
     if not is_here(value) or value.is_conj() or value.is_neg():
         return array_of
     read: Callable[[Any], Any] = operator.methodcaller("numpy")
-    if (integers := _AS_INTEGERS.get(_LABELS.get(dtype_name(value), ""))) is not None:
+    if (integers := _AS_INTEGERS.get(dtype_name(value))) is not None:
         dtype = getattr(sys.modules["torch"], integers)
         read = lambda tensor: tensor.view(dtype).numpy()
     return (lambda tensor: read(tensor.detach())) if value.requires_grad else read
@@ -145,7 +146,7 @@ def reader_of(value: Any) -> Callable[[Any], Any]:
 
 def _held_dtype(name: str) -> np.dtype[Any]:
     """The dtype that numpy would say the items have, as they lie in memory."""
-    return RAW[name] if name in RAW else np.dtype(_AS_INTEGERS.get(_LABELS[name], name))
+    return np.dtype(_AS_INTEGERS.get(name, RAW.get(name, name)))
 
 
 def memory_of(array: NDArray[Any]) -> Any:

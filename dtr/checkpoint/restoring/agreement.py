@@ -5,9 +5,9 @@
     vote     each rank reads the choice and says whether it verified; one no drops it, and the next is chosen
     base     rank 0 cuts the lineage, puts the run's record into the store, sets the base; only then does any rank return
 
-Who dies ends the run, and every other rank gets RosterChanged. Killed between the agreement and the record, nothing was changed that a
-later run would miss: the lineage in Redis ends at a checkpoint that all had verified. Killed between the record and SET, the record names
-a run that saved nothing.
+Who dies ends the run, and every other rank gets RosterChanged; but that the attempt failed is the verdict of all, though those who heard
+it first may have left by then. Killed between the agreement and the record, nothing was changed that a later run would miss: the lineage
+in Redis ends at a checkpoint that all had verified. Killed between the record and SET, the record names a run that saved nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dtr.errors import (
     InvalidInput,
     NoCheckpoint,
     RestoreFailed,
+    RosterChanged,
     WorldSizeMismatch,
 )
 from dtr.failpoints import failpoint
@@ -158,7 +159,6 @@ class Agreement:
             try:
                 self._state = self._looked_at(answer.choice)
             except (DtrError, MemoryError) as exc:
-                self._session.check()
                 if isinstance(exc, InvalidInput):
                     self._refusal = exc
                 self._damaged = isinstance(exc, IntegrityError)
@@ -187,12 +187,23 @@ class Agreement:
         while True:
             try:
                 return Answer.parse(self._session.guarded(say))
+            except RosterChanged as exc:
+                if exc.facts.get("worker") is None:  # nobody departed: a newcomer waits, or Redis lost the state
+                    raise
+                return self._ended_with(say, exc)
             except CoordinatorRefused:
                 raise
             except CoordinatorUnavailable:
                 if clock.monotonic() > deadline:
                     raise
                 clock.sleep(RETRY_S)
+
+    def _ended_with(self, say: Callable[[], Any], ended: RosterChanged) -> Answer:
+        """The verdict that this attempt came to before the run ended, else ``ended``: the scripts write nothing for a run that has."""
+        try:
+            return Answer.parse(say())
+        except DtrError:
+            raise ended from None
 
     def _wait_for_news(self, before: Answer) -> Answer:
         """Wait for the others: until the answer is another one, looking again at every piece of news and each second."""

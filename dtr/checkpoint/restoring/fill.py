@@ -4,8 +4,8 @@
     read      each array's bytes straight into its own memory, where that is contiguous; else beside it, and copied
     finish    put the other values into the dicts and lists that hold them
 
-A dict must have the saved keys, a list or tuple the saved length, an array the saved shape and dtype: a model that differs is told by the
-path of the first difference, and stays as it is.
+A dict must have the saved keys, a list or tuple the saved length, an array the saved shape and dtype, and what shares memory (or is one
+dict or list under two names) must have been saved so: a model that differs is told by the path of the first difference, and stays as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dtr.checkpoint.format import torch_tensors
 from dtr.checkpoint.format.build import unflatten
 from dtr.checkpoint.format.paths import LEFT_OUT, mentioned
 from dtr.checkpoint.format.tensors import Tensor
+from dtr.checkpoint.restoring.apart import Target, check_apart
 from dtr.errors import StateMismatch
 
 __all__ = ["Filling", "match"]
@@ -63,10 +64,13 @@ class _Match:
         self._tensors, self._partial = tensors, partial
         self._at = {tensor.array.ctypes.data: name for name, tensor in tensors.items() if tensor.array.nbytes}
         self._memory: dict[str, NDArray[np.uint8]] = {}
+        self._targets: list[Target] = []
+        self._containers: dict[int, tuple[str, Any]] = {}  # those that are filled in place, by id: path, and what was saved for it
         self._beside: set[str] = set()  # tensors that some value is built from, so that they need memory of their own
 
     def settle(self) -> dict[str, memoryview]:
-        """The memory of the tensors that are read straight to where they belong."""
+        """The memory of the tensors that are read straight to where they belong; StateMismatch if targets are in each other's way."""
+        check_apart(self._targets)
         for name in self._beside:
             self._memory.pop(name, None)
         return {name: memory.data for name, memory in self._memory.items()}
@@ -74,6 +78,7 @@ class _Match:
     def value(self, node: Any, given: Any, path: str) -> Value:
         if node is LEFT_OUT:
             return lambda: given
+        self._check_once(node, given, path)
         if type(node) is list:
             return self._list(node, given, path)
         if type(node) is dict and len(node) == 1:
@@ -92,6 +97,13 @@ class _Match:
         return lambda: unflatten(node, self._tensors)
 
     # --- containers -------------------------------------------------------------------------------------------------
+
+    def _check_once(self, node: Any, given: Any, path: str) -> None:
+        """A dict or list that the state names twice can hold only what was saved alike."""
+        if isinstance(given, dict | list):
+            first, saved = self._containers.setdefault(id(given), (path, node))
+            if saved is not node and repr(saved) != repr(node):  # 1 and 1.0 are not alike
+                raise _mismatch(path, f"is the same {_kind(given)} as {first}, and what was saved is not: give each its own")
 
     def _dict(self, saved: list[tuple[Any, Any]], given: Any, path: str, kind: type) -> Value:
         if not isinstance(given, dict):
@@ -130,6 +142,7 @@ class _Match:
     def _array(self, node: Any, given: Any, path: str) -> Value:
         saved = unflatten(node, self._tensors)  # the array as it will be, over memory that is still empty
         name = (self._numpy if isinstance(saved, np.ndarray) else self._torch)(saved, given, path)
+        self._targets.append(Target(path=path, given=given, saved=saved))
         if not name:
             self._beside.update(mentioned(node, self._tensors.keys()))
         return lambda: given if name in self._memory else _copied(given, saved)
@@ -146,6 +159,8 @@ class _Match:
         if not torch_tensors.is_tensor(given):
             raise _mismatch(path, f"is a {_kind(given)}, and a torch tensor was saved")
         _check_same(path, (tuple(given.shape), given.dtype), (tuple(saved.shape), saved.dtype))
+        if given.device.type == "meta" or given.layout != saved.layout:
+            raise _mismatch(path, f"is a tensor without plain memory ({given.device}, {given.layout}), which nothing can be read into")
         if given.device.type != "cpu" or given.is_conj() or given.is_neg():
             return ""
         return self._direct(torch_tensors.as_tensor(saved)[0].array, torch_tensors.as_tensor(given)[0].array)

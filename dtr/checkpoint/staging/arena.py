@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from dtr import names
@@ -19,7 +20,7 @@ from dtr.checkpoint.staging.filling import Counters, Slot
 from dtr.checkpoint.staging.locks import Hold, try_lock
 from dtr.checkpoint.staging.memory import Stopped, WarmMaps, grow, is_reserved
 from dtr.checkpoint.staging.reclaim import close_folder, reclaim
-from dtr.checkpoint.staging.slots import FALLBACK, OWNER_LOCK, SlotFiles, look, slots_in, worker_folder
+from dtr.checkpoint.staging.slots import FALLBACK, OWNER_LOCK, SlotFiles, fallback, look, slots_in, worker_folder
 from dtr.checkpoint.staging.space import space_of
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import CheckpointError, ForkedProcess, InvalidInput, NoFreeSlot, StagingFull
@@ -44,7 +45,8 @@ class Arena:
         budget_bytes: upper bound of all slots in the staging folder, of all workers; None: what is free.
         policy: no slot is free: ``wait`` for one, ``skip`` this save, or ``fail`` it.
         wait_s: how long ``wait`` waits.
-        fallback: folder on disk for when shared memory is too small; None: one in /var/tmp that is named after this host.
+        fallback: folder on disk for when shared memory is too small, be it for two slots, or for the first beside those of others while
+            no budget is given; None: one in /var/tmp that is named after this host.
         trouble: says why uploads are behind, if that is known; quoted where no slot is free.
     """
 
@@ -73,6 +75,7 @@ class Arena:
         self.counters = Counters()
         self.maps = WarmMaps()
         self._job, self._worker, self._fallback_root = job, worker, fallback
+        self._no_room_bytes: float = math.inf  # slots from this size on are made on disk: memory had no room for the first
         self._pid = os.getpid()
         self._mutex = threading.RLock()
         self._owners: dict[str, Hold] = {}
@@ -172,14 +175,19 @@ class Arena:
             usable = [files for files in existing if look(files).kind in {"FREE", "DONE", "TORN"}]
             # The slot that is already of this size needs no new page; else the smallest that is large enough; else the largest.
             usable.sort(key=lambda files: _misfit(files.size_bytes(), size_bytes))
-            for files in usable:
-                slot = self._take(files, size_bytes)
-                if slot is not None:
-                    return slot
-            if len(existing) >= self.slots:
-                return None
-            index = min(set(range(self.slots)) - {files.index for files in existing})
-            return self._make(index, size_bytes, others=bool(existing))
+            try:
+                for files in usable:
+                    slot = self._take(files, size_bytes)
+                    if slot is not None:
+                        return slot
+                if len(existing) >= self.slots:
+                    return None
+                index = min(set(range(self.slots)) - {files.index for files in existing})
+                return self._make(index, size_bytes, others=bool(existing))
+            except StagingFull:
+                if not self._leaves_memory(size_bytes):
+                    raise
+            return self._pick(size_bytes)
 
     def _take(self, files: SlotFiles, size_bytes: int) -> Slot | None:
         hold = try_lock(files.lock)
@@ -206,19 +214,27 @@ class Arena:
             return None
 
     def _place(self, index: int, size_bytes: int) -> SlotFiles:
-        """Where a new slot belongs: in the staging folder, or on disk if that is memory and could never hold two of them."""
+        """Where a new slot belongs: in the staging folder, or on disk if that is memory and could never hold two, or not even the first."""
         space = space_of(self.staging)
-        if not space.in_memory or space.total_bytes >= 2 * size_bytes:
+        if not space.in_memory or (space.total_bytes >= 2 * size_bytes and size_bytes < self._no_room_bytes):
             return SlotFiles(folder=self.folder, index=index)
         root = self._fallback()
-        _log.warning(
-            "shared memory is too small for staging: %s holds %d bytes and two slots need %d; staging goes to the disk folder %s "
-            "(slower; with Docker, raise --shm-size, and share that folder with the uploader)",
-            self.staging, space.total_bytes, 2 * size_bytes, root,
-        )  # fmt: skip
         folder = worker_folder(root, self._job, self._worker)
+        if folder not in self._owners:
+            _log.warning(
+                "shared memory is too small for staging: %s holds %d bytes and two slots need %d (%d bytes are free); staging goes to the "
+                "disk folder %s (slower; with Docker, raise --shm-size, and share that folder with the uploader)",
+                self.staging, space.total_bytes, 2 * size_bytes, space.free_bytes, root,
+            )  # fmt: skip
         self._own(folder)
         return SlotFiles(folder=folder, index=index)
+
+    def _leaves_memory(self, size_bytes: int) -> bool:
+        """Give up memory that has no room for our only slot, if disk may be used instead; False: that would change nothing."""
+        if self.budget_bytes is not None or not space_of(self.staging).in_memory:
+            return False
+        before, self._no_room_bytes = self._no_room_bytes, min(self._no_room_bytes, size_bytes)
+        return bool(self._shed([files for files in self._existing() if files.folder == self.folder])) or size_bytes < before
 
     def _resize(self, files: SlotFiles, size_bytes: int) -> None:
         """Bring the data file to exactly this size, every byte of it allocated; at worst it is as before."""
@@ -227,19 +243,22 @@ class Arena:
         try:
             grow(files.data, size_bytes, root=self.staging, budget_bytes=self._budget_of(files))
         except StagingFull:
-            self._shed(files)
+            self._shed([other for other in self._existing() if other != files])  # one save now is worth more than two warm slots
             reclaim(self.staging)
             grow(files.data, size_bytes, root=self.staging, budget_bytes=self._budget_of(files))
 
-    def _shed(self, wanted: SlotFiles) -> None:
-        """Give up the memory of our other free slots: one save now is worth more than two warm slots."""
-        for files in self._existing():
-            if files != wanted and look(files).kind in {"FREE", "DONE", "TORN"} and (hold := try_lock(files.lock)) is not None:
+    def _shed(self, slots: Iterable[SlotFiles]) -> int:
+        """Give up the memory of those that are free; how many were."""
+        given_up = 0
+        for files in slots:
+            if look(files).kind in {"FREE", "DONE", "TORN"} and (hold := try_lock(files.lock)) is not None:
                 with hold:
                     if look(files).kind not in {"STAGED", "FOREIGN"}:
                         self.maps.drop(files)
                         files.forget()
                         os.unlink(files.data)
+                        given_up += 1
+        return given_up
 
     def _budget_of(self, files: SlotFiles) -> int | None:
         return self.budget_bytes if files.folder == self.folder else None
@@ -257,6 +276,9 @@ class Arena:
                         return
                     index = min(set(range(self.slots)) - {files.index for files in existing})
                     files = self._place(index, size_bytes)
+                    if files.folder == self.folder and _takes_the_last(self.staging, size_bytes):
+                        _log.info("no slot of %d bytes is made ahead: the room may be needed for another rank's first", size_bytes)
+                        return
                     hold = try_lock(files.lock)
                 if hold is None:
                     return
@@ -298,6 +320,8 @@ class Arena:
         """The disk folder, announced in the staging folder so that uploaders scan it as well."""
         root = self._fallback_root or f"/var/tmp/dtr-{os.getuid()}/{host_id(self.staging)}"  # noqa: S108 - mode 0700, named per user
         os.makedirs(root, mode=0o700, exist_ok=True)
+        if fallback(self.staging) == root:
+            return root
         temporary = f"{self.staging}/{FALLBACK}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(root + "\n")
@@ -314,6 +338,12 @@ class Arena:
             f"no staging slot is free after {waited_s:.1f} s: {'; '.join(waiting)}. Uploads are behind: {behind} "
             f"More slots (slots={self.slots}) or fewer saves help as well"
         )
+
+
+def _takes_the_last(staging: str, size_bytes: int) -> bool:
+    """Whether a slot more would leave memory without room for another of its size."""
+    space = space_of(staging)
+    return space.in_memory and space.free_bytes < 2 * size_bytes
 
 
 def _misfit(has_bytes: int, needed_bytes: int) -> tuple[int, int]:

@@ -43,8 +43,10 @@ def free_torn(slots: Iterable[Found]) -> None:
             if hold is None:
                 continue
             with hold:
-                record = found.files.read()
-                if record == found.record:  # nobody wrote since: what was torn without a lock is torn under it
+                now = look(found.files)
+                if (
+                    now.record == found.record and now.kind != "FOREIGN"
+                ):  # nobody wrote since: what was torn without a lock is torn under it
                     found.files.forget()
 
 

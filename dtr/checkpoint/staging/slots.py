@@ -98,7 +98,7 @@ class SlotRecord:
 
     @classmethod
     def parse(cls, text: bytes) -> SlotRecord | None:
-        """The record, or None if it is not a whole one of this version."""
+        """The record, or None if it is not a whole one of this version, with its fields and no others."""
         try:
             document = json.loads(text)
         except (ValueError, RecursionError):
@@ -286,7 +286,7 @@ def _look(files: SlotFiles) -> Found:
 
 
 def _without_record(files: SlotFiles) -> Kind:
-    """No record frees a slot; one that cannot be read belongs to another version, or a disk lost it at a crash."""
+    """No record frees a slot; one that cannot be read belongs to another version, which may know more fields, or a crash damaged it."""
     try:
         with open(files.record, "rb") as file:
             document = json.loads(file.read(_LONGEST_RECORD))
@@ -294,7 +294,9 @@ def _without_record(files: SlotFiles) -> Kind:
         return "FREE"
     except (ValueError, RecursionError, OSError):
         return "TORN"
-    return "FOREIGN" if isinstance(document, dict) and document.get("v", _VERSION) != _VERSION else "TORN"
+    if not isinstance(document, dict):
+        return "TORN"
+    return "FOREIGN" if document.pop("v", _VERSION) != _VERSION or document.keys() - _KINDS.keys() else "TORN"
 
 
 @contextlib.contextmanager

@@ -19,10 +19,10 @@ from dtr.checkpoint.parts import CheckpointView, PartView
 from dtr.checkpoint.staging.locks import is_held
 from dtr.checkpoint.staging.reclaim import reclaim
 from dtr.checkpoint.staging.slots import OWNER_LOCK, Found, fallback, finish, scan, scan_job
+from dtr.checkpoint.uploading.departures import gone_for_s, is_overtaken, why_gone
 from dtr.checkpoint.uploading.upload import register_slot
 from dtr.clock import SYSTEM, Clock
 from dtr.errors import CheckpointError, InvalidInput, Recovering, RunUnknown, StateCorrupt, StateLost, Unavailable
-from dtr.membership import why_departed
 from dtr.names import job_name
 from dtr.runs import Member, read_run
 from dtr.state.client import connect, translate
@@ -39,6 +39,7 @@ _OTHERS_SETTLE_AFTER_S: Final = 10.0  # hosts that hold no part of it come in on
 _HOST_GONE_AFTER_S: Final = 30.0
 _UNKNOWN_FOR_S: Final = 3600.0
 _SHARE_WITHIN_S: Final = 3.0
+_COPY_WITHIN_S: Final = 30.0  # what a trainer that departed in mid-copy may take to complete it, or to die
 _COMPARE_FOR_S: Final = 30.0  # how long a step that was saved twice may be compared by its living trainer
 
 Act = Literal["wait", "register", "upload", "lose"]
@@ -68,7 +69,7 @@ class Look:
     collects: list[str] = field(default_factory=list)  # jobs of which retention should look again
 
 
-def judge(part: PartView | None, slot: str, gone: str, now_ms: int) -> tuple[Act, str]:
+def judge(part: PartView | None, slot: str, gone: str, now_ms: int, *, stuck: bool = False) -> tuple[Act, str]:
     """What this host's uploader does about one of its ranks' parts of a checkpoint that is WRITING.
 
     Args:
@@ -76,6 +77,7 @@ def judge(part: PartView | None, slot: str, gone: str, now_ms: int) -> tuple[Act
         slot: what the host's slots hold of it: STAGED, COPYING, or '' for nothing.
         gone: why nobody can stage it any more; '' if its member may still.
         now_ms: the server's clock.
+        stuck: a copy that is still under way, of a member that is gone, is not waited for any more.
 
     Returns:
         The act, and the reason of a ``lose``.
@@ -83,7 +85,7 @@ def judge(part: PartView | None, slot: str, gone: str, now_ms: int) -> tuple[Act
     if part is None or not part.state:
         if slot == "STAGED":
             return "register", ""
-        if slot == "COPYING" or not gone:
+        if not gone or (slot == "COPYING" and not stuck):
             return "wait", ""
         return "lose", gone
     if part.state == "done" or part.lease_until_ms > now_ms:
@@ -101,16 +103,26 @@ class Reconciler:
         staging: this host's staging folder.
         host: its id.
         collect_interval_s: how often each job is collected, by whichever host comes first.
+        copy_within_s: what a member may take to complete its copy after its departure. Then its part is lost, and the slot stays its.
     """
 
-    def __init__(self, *, redis_url: str, staging: str, host: str, collect_interval_s: float = 300.0, clock: Clock = SYSTEM) -> None:
+    def __init__(
+        self,
+        *,
+        redis_url: str,
+        staging: str,
+        host: str,
+        collect_interval_s: float = 300.0,
+        copy_within_s: float = _COPY_WITHIN_S,
+        clock: Clock = SYSTEM,
+    ) -> None:
         self.redis_url, self.staging, self.host, self._clock = redis_url, staging, host, clock
         self._redis = connect(redis_url, name="dtr-reconcile", max_connections=4)
         self._rosters: dict[tuple[str, str], dict[int, tuple[str, Member]]] = {}
         self._since: dict[tuple[str, ...], float] = {}
         self._seen: set[tuple[str, ...]] = set()
         self._away_since: dict[str, float] = {}
-        self._collect_interval_s = collect_interval_s
+        self._collect_interval_s, self._copy_within_s = collect_interval_s, copy_within_s
         self._collected_s: dict[str, float] = {}
 
     def look(self) -> Look:
@@ -221,7 +233,8 @@ class Reconciler:
         if act == "lose":  # the look at the slots is older than what Redis said: look once more before it counts
             mine = [s for s in scan_job(self.staging, state.job) if s.record and (s.record.run, s.record.step) == (view.run, view.step)]
             slot = _slot_of(mine, rank, part)
-            act, reason = judge(part, slot.kind if slot else "", gone, view.now_ms)
+            stuck = slot is not None and slot.kind == "COPYING" and self._is_stuck(state, view, rank, roster)
+            act, reason = judge(part, slot.kind if slot else "", gone, view.now_ms, stuck=stuck)
         if act == "register" and slot is not None:
             self._register(state, slot, found)
         elif act == "upload":
@@ -311,7 +324,7 @@ class Reconciler:
             elif (wake := self._wake_of(slot, record.job)) is not None:
                 found.wakes.append(wake)
         except CheckpointError as exc:
-            if exc.facts.get("code") == "CKPT_STATE" and not self._overtaken(state, record.run):
+            if exc.facts.get("code") == "CKPT_STATE" and not is_overtaken(state, record.run):
                 self._once(key, f"job {record.job} run {record.run} step {record.step} rank {record.rank} stays staged: {exc}")
                 return
             log.warning("job %s run %s step %d rank %d is given up: %s", record.job, record.run, record.step, record.rank, exc)
@@ -331,23 +344,19 @@ class Reconciler:
 
     def _gone(self, state: JobState, run: str, rank: int, roster: dict[int, tuple[str, Member]]) -> str:
         """Why the member that was ``rank`` of ``run`` will stage nothing more under it; '' if it may."""
-        if rank not in roster:
-            return ""
-        worker, member = roster[rank]
-        with translate(state.url):
-            pipeline = state.redis.pipeline(transaction=True)
-            pipeline.hget(state.keys.meta, "run")
-            pipeline.hget(state.keys.fences, worker)
-            current, incarnation = pipeline.execute()
-        if incarnation != member.incarnation:
-            why = why_departed(state, worker)
-            return f"{worker} departed{f' ({why})' if why else ''} before its part was complete"
-        return "" if current == run else f"the run ended before {worker} had staged its part"
+        return why_gone(state, run, *roster[rank]) if rank in roster else ""
 
-    def _overtaken(self, state: JobState, run: str) -> bool:
-        """Whether the job goes on as another run, so that nobody will record any more what this one continued."""
-        with translate(state.url):
-            return bool(state.redis.hget(state.keys.meta, "last_run") != run)
+    def _is_stuck(self, state: JobState, view: CheckpointView, rank: int, roster: dict[int, tuple[str, Member]]) -> bool:
+        """Whether a copy that is still under way is too late: the lineage has left its step, or its member departed long ago.
+
+        The trainer is stopped, or hangs. Its slot is nobody else's while it lives, and what it stages if it goes on will be refused.
+        """
+        if rank not in roster:
+            return False
+        gone_s = gone_for_s(state, view.run, view.step, *roster[rank])
+        if gone_s is None:
+            gone_s = self._waited_s(("copying", state.job, view.run, str(view.step), str(rank)))
+        return gone_s > self._copy_within_s
 
     def _roster(self, state: JobState, run: str) -> dict[int, tuple[str, Member]]:
         key = (state.job, run)

@@ -20,10 +20,10 @@
 --   9 limit       integer tried so often without success, a checkpoint is quarantined; 0: never
 --  10+ rejected   string  candidates that this rank does not offer, each followed by the reason
 -- RETURNS {state, choice, base_state, reasons}: OFFERING, VOTING, AGREED, FRESH (all go on without one), NONE, FAILED, or BASED (the run
---   continues something already); reasons alternate candidate and why it was dropped
+--   continues something already); reasons alternate candidate and why it was dropped. NONE and FAILED are told after the run's end, too
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED
 -- WRITES restore wake restores events
--- IDEMPOTENT by the rank: its first offer of an attempt counts
+-- IDEMPOTENT by the rank: its first offer of an attempt counts; when the run has ended, nothing is written
 -- INCLUDE state fence restore event
 local meta, roster, run_key, restore, wake, restores, events = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local state_id, run, worker, rank, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -33,7 +33,7 @@ local known = redis.call('HMGET', meta, 'state_id', 'phase', 'run')
 local lost = state_error(known[1], known[2], state_id)
 if lost then return lost end
 local refused = fence_error(known[3], run, redis.call('HGET', roster, worker), rank, incarnation, meta)
-if refused then return refused end
+if refused then return restore_ended(restore, run_key, worker, rank, incarnation, attempt) or refused end
 local held = redis.call('HMGET', restore, 'attempt', 'state')
 local agreed = held[2] == 'AGREED' or held[2] == 'FRESH'
 local base = redis.call('HMGET', run_key, 'base_state', 'world_size')

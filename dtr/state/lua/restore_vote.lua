@@ -20,7 +20,7 @@
 -- RETURNS {state, choice, base_state, reasons}, as restore_offer does
 -- ERRORS STATE_LOST RECOVERING STALE_INCARNATION ROSTER_CHANGED CKPT_STATE
 -- WRITES restore wake restores
--- IDEMPOTENT by the rank and the choice; a vote about an earlier choice changes nothing
+-- IDEMPOTENT by the rank and the choice; a vote about an earlier choice changes nothing, nor does any when the run has ended
 -- INCLUDE state fence restore
 local meta, roster, run_key, restore, wake, restores = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local state_id, run, worker, rank, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -30,7 +30,7 @@ local known = redis.call('HMGET', meta, 'state_id', 'phase', 'run')
 local lost = state_error(known[1], known[2], state_id)
 if lost then return lost end
 local refused = fence_error(known[3], run, redis.call('HGET', roster, worker), rank, incarnation, meta)
-if refused then return refused end
+if refused then return restore_ended(restore, run_key, worker, rank, incarnation, attempt) or refused end
 local held = redis.call('HMGET', restore, 'attempt', 'state', 'choice', 'vote:' .. rank)
 if not held[1] then return redis.error_reply('CKPT_STATE run ' .. run .. ' has no restore under way: Redis lost it') end
 if tonumber(held[1]) ~= attempt or held[2] ~= 'VOTING' or held[3] ~= choice then return restore_answer(restore, run_key, attempt) end

@@ -36,3 +36,13 @@ local function restore_answer(restore, run_key, attempt)
   end
   return {state, choice, base_state, reasons}
 end
+
+-- restore_ended(restore, run_key, worker, rank, incarnation, attempt): the answer that the attempt ended with, if it ended without a
+-- checkpoint: for a rank of the run that asks when the run has ended meanwhile. Reads only.
+local function restore_ended(restore, run_key, worker, rank, incarnation, attempt)
+  local seat = redis.call('HGET', run_key, 'member:' .. worker)
+  if not seat or string.match(seat, '^%d+ %S+') ~= rank .. ' ' .. incarnation then return nil end
+  local verdict = redis.call('HGET', restore, 'verdict:' .. attempt)
+  if verdict ~= 'NONE' and verdict ~= 'FAILED' then return nil end
+  return restore_answer(restore, run_key, attempt)
+end
