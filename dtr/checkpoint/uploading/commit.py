@@ -1,15 +1,17 @@
 """The one decision about a checkpoint: whoever first puts the manifest key of (run, step) decides, be it a commit or an abort.
 
-    SEALED:   put the journal of its steps -> put manifest(commit) if absent -> read it back -> tell Redis
-    ABORTING: put manifest(abort) if absent  -> read it back -> tell Redis -> delete the objects that no manifest will ever name
+    SEALED:   put the journal of its steps -> put manifest(commit) if absent -> read it back -> delete leftovers -> tell Redis
+    ABORTING: put manifest(abort) if absent -> read it back -> delete the objects that no manifest will ever name -> tell Redis
 
 Any number of uploaders may do this at once, or be killed or stopped between any two lines: the manifest of a sealed checkpoint is the
 same bytes whoever writes it, the record that is in the store is the truth for all, and Redis hears of a decision only after it was read
-back. Objects are deleted only once a decision that does not name them is in the store.
+back. Objects are deleted only once a decision that does not name them is in the store. Redis hears last: until then the checkpoint is
+open, so that whoever looks next does again what a killed uploader may not have done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from dtr.checkpoint import parts
@@ -95,10 +97,9 @@ def _commit(state: JobState, store: Store, view: CheckpointView) -> str:
     failpoint("commit.after_manifest")
     if found.decision == "commit" and found.parts != wanted.parts:
         log.warning("run %s step %d: another upload of the same parts was committed first and is adopted", view.run, view.step)
-    verdict = _tell(state, store, view.store, found)
     if any(part.claims > 1 or part.failures for part in view.parts.values()) or keys - {part.object for part in wanted.parts}:
         _sweep(store, found)
-    return verdict
+    return _tell(state, store, view.store, found)
 
 
 def _abort(state: JobState, store: Store, view: CheckpointView, reason: str) -> str:
@@ -107,9 +108,8 @@ def _abort(state: JobState, store: Store, view: CheckpointView, reason: str) -> 
     failpoint("abort.after_record")
     if found.decision == "commit":
         log.warning("run %s step %d was committed before it could be aborted; the commit stands", view.run, view.step)
-    verdict = _tell(state, store, view.store, found)
     _sweep(store, found)
-    return verdict
+    return _tell(state, store, view.store, found)
 
 
 def _manifest(state: JobState, view: CheckpointView, abort_reason: str | None = None) -> Manifest:
@@ -154,17 +154,16 @@ def _facts(part: PartView) -> PartFacts:
 
 
 def _put_first(store: Store, wanted: Manifest) -> Manifest:
-    """Put the record unless one is there, and return the one that is there then, read back."""
-    try:
-        store.put(manifest_key(wanted.run, wanted.step), wanted.encode(), if_absent=True)
-    except AlreadyExists:
-        pass
-    except StoreUnavailable:
-        try:  # it may have arrived all the same: only reading tells
-            return read_manifest(store, wanted.run, wanted.step)
-        except NotFound:
-            pass
-        raise
+    """Put the record unless one is there, and return the one that is there then, durable and read back."""
+    key, record = manifest_key(wanted.run, wanted.step), wanted.encode()
+    with contextlib.suppress(AlreadyExists):
+        try:
+            store.put(key, record, if_absent=True)
+        except StoreUnavailable as exc:
+            if not getattr(exc, "unknown", False):
+                raise
+            # It may have arrived all the same, and a reader may see what the next power cut takes: only a put says that it lasts.
+            store.put(key, record, if_absent=True)
     return read_manifest(store, wanted.run, wanted.step)
 
 
@@ -183,6 +182,7 @@ def _tell(state: JobState, store: Store, store_url: str, found: Manifest) -> str
         size_bytes=sum(part.state_bytes for part in found.parts),
         metrics=found.metrics,
     )
+    failpoint("commit.after_decide")
     if verdict == "UNKNOWN":  # Redis forgot it, or retention retired it while we slept: what the store says now is indexed
         verdict = index_checkpoint(state, store, store_url, found.run, found.step)
     let_go(state, found.run, found.step)

@@ -27,7 +27,7 @@ from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.parts import Claim, Fence, Spec, StagedPart
 from dtr.checkpoint.staging.slots import Found, SlotRecord, finish, open_for_reading, scan_job
 from dtr.checkpoint.uploading.bandwidth import Bandwidth
-from dtr.checkpoint.uploading.commit import discard, object_key, settle
+from dtr.checkpoint.uploading.commit import discard, folder_key, object_key, settle
 from dtr.checkpoint.uploading.lease import Lease, LeaseLost, Stopping
 from dtr.checkpoint.uploading.transfer import carry
 from dtr.errors import (
@@ -59,8 +59,7 @@ _DECIDED: Final = {"COMMITTED": "committed", "ABORTED": "aborted", "ABANDONED": 
 
 def register_slot(state: JobState, record: SlotRecord) -> parts.Placed:
     """Make a complete slot known to Redis, with its share of the data state; see ``parts.register``."""
-    who = Fence(rank=record.rank, worker=record.worker, incarnation=record.incarnation, host=record.host)
-    handover.hand_over(state, record.run, record.step, who, record.data)
+    who = _hand_over(state, record)
     return parts.register(
         state,
         Spec(
@@ -280,29 +279,32 @@ class Uploader:
                     facts = delta.carry(store, reading, state=state, nonce=claim.nonce, progress=lease.progress, spare=lease.spare)
                     facts = facts or carry(store, reading, key, resume=lease, progress=lease.progress)
                 except LeaseLost:
-                    discard(store, run, step, key)
+                    _discard_all(store, run, step, key)
                     raise
             failpoint("upload.after_put")
-            now, why = self._record(state, run, step, facts, claim)
+            now, why = self._record(state, reading.record, facts, claim)
         failpoint("upload.after_part_done")
         if now == "LOST":
             log.warning("run %s step %d rank %d: this upload came too late: %s", run, step, rank, why)
-            discard(store, run, step, facts.object)
+            _discard_all(store, run, step, key)
             return "LOST"
         return self.settle(state.job, run, step)
 
     def _lease(self, state: JobState, part: tuple[str, int, int], token: str, claim: Claim) -> Lease:
         return Lease(state, part, token, claim, lease_s=self.limits.lease_s, bandwidth=self._bandwidth, stopping=self._stopping)
 
-    def _record(self, state: JobState, run: str, step: int, facts: PartFacts, claim: Claim) -> tuple[str, str]:
-        """Record the part, waiting for a Redis that is away: its bytes are in the store, and sending them again costs more."""
+    def _record(self, state: JobState, record: SlotRecord, facts: PartFacts, claim: Claim) -> tuple[str, str]:
+        """Record the part, waiting for a Redis that is away: its bytes are in the store, and sending them again costs more.
+
+        Its share of the data state comes first: its trainer may have died, or be slow, between saying that it has a part and saying that,
+        and the part that completes the set must find that shares are needed.
+        """
         deadline, pause_s = time.monotonic() + _RECORD_FOR_S, 0.1
         while True:
             try:
-                return parts.done(state, run, step, facts, nonce=claim.nonce)
-            except CheckpointConflict as exc:
-                return "LOST", str(exc)
-            except StateLost as exc:
+                _hand_over(state, record)
+                return parts.done(state, record.run, record.step, facts, nonce=claim.nonce)
+            except (CheckpointConflict, RunUnknown, StateLost) as exc:
                 return "LOST", str(exc)
             except (CoordinatorUnavailable, Recovering):
                 if self._stopping() or time.monotonic() > deadline:
@@ -319,3 +321,22 @@ class Uploader:
         if url not in self._stores:
             self._stores[url] = open_store(url)
         return self._stores[url].child(job)
+
+
+def _hand_over(state: JobState, record: SlotRecord) -> Fence:
+    """Tell the share of the data state of a slot, in the name of its trainer; the first that was told counts."""
+    who = Fence(rank=record.rank, worker=record.worker, incarnation=record.incarnation, host=record.host)
+    handover.hand_over(state, record.run, record.step, who, record.data)
+    return who
+
+
+def _discard_all(store: Store, run: str, step: int, key: str) -> None:
+    """Discard what an upload put under its nonce: the part ``key``, or its recipes, each of which else keeps its chunks."""
+    stem = key.removesuffix(".safetensors")
+    try:
+        found = [name for name in store.list(folder_key(run, step)) if name.startswith(stem)]
+    except DtrError as exc:
+        log.info("whether %s* was put is not known, so it stays for now: %s", stem, exc)
+        found = []
+    for name in {key, *found}:
+        discard(store, run, step, name)
