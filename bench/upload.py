@@ -2,7 +2,10 @@
 
 What is measured of dtr is the way from the claim of a part to COMMITTED, by a real uploader with default settings: checksums, manifest,
 reading it back and all. The time from staged to claimed is reported apart. Each comparison alternates, and its ratio is the median of the
-rounds' ratios. The best peer is the one with the least median time.
+rounds' ratios. The best peer is the one with the least median time; each has the best of the settings that were tried for it before.
+
+``uploader_extra_mb`` is what all of the uploader's processes together hold at most, beyond slots and what they held when idle; it is taken
+in a last round of each kind, which is not timed.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 
 from bench import server, uploaders
 from bench.report import Report, parser
-from bench.upload_peers import Bucket, Cost, measured, peers
+from bench.upload_peers import Bucket, Cost, How, Put, measured, peers, quickest
 from bench.uploaders import Took, Worker, took
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.config import Settings
@@ -34,6 +37,7 @@ from dtr.session import Session
 __all__ = ["main"]
 
 MIB = 1 << 20
+TRIED_SHARE = 4  # peers' settings are tried with a file of a quarter of the size: of 512 MiB, four of the largest parts
 WRITE_BYTES = MIB  # the quickest for a raw write: the source stays in the cache
 State = dict[str, Any]
 
@@ -46,6 +50,7 @@ class Found:
     limit: dict[str, float] = field(default_factory=dict)
     peer: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
+    params: dict[str, float] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,15 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         bucket = stack.enter_context(_s3_server(folder))
         url = stack.enter_context(server.running())
         worker = stack.enter_context(uploaders.worker(url, folder))
-        stack.enter_context(worker)
-        _local(found, url, folder, options.mib * MIB, options.pairs, options.seed)
+        worker.came_up(url)
+        _local(found, url, folder, worker, options.mib * MIB, options.pairs, options.seed)
         _beside_peers(found, url, bucket, worker, options.s3_mib * MIB, options.rounds, options.seed)
         stores = {"local": str(folder / "ranks"), "s3": _store_url(bucket)}
-        _many_ranks(found, url, stores, options.rank_mib * MIB, min(options.rounds, 3), options.seed)
-    found.figures["uploader_extra_mb"] = worker.peak_bytes / 1e6
+        _many_ranks(found, url, stores, worker, options.rank_mib * MIB, min(options.rounds, 3), options.seed)
+    found.figures["uploader_extra_mb"] = (worker.peak_bytes - worker.idle_bytes) / 1e6
+    found.figures["uploader_idle_mb"] = worker.idle_bytes / 1e6
     params = {
         "mib": options.mib, "pairs": options.pairs, "s3_mib": options.s3_mib, "rounds": options.rounds, "rank_mib": options.rank_mib,
-        "seed": options.seed,
+        "seed": options.seed, **found.params,
     }  # fmt: skip
     Report(
         name="upload", params=params, figures=found.figures, limit=found.limit, peer=found.peer, ratios=found.ratios
@@ -86,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --- one part, one disk ---------------------------------------------------------------------------------------------
 
 
-def _local(found: Found, url: str, folder: Path, size_bytes: int, pairs: int, seed: int) -> None:
+def _local(found: Found, url: str, folder: Path, worker: Worker, size_bytes: int, pairs: int, seed: int) -> None:
     state = _state(size_bytes, seed)
     ours, raw = [], []
     with _manager(url, str(folder / "store"), "local") as manager:
@@ -95,6 +101,8 @@ def _local(found: Found, url: str, folder: Path, size_bytes: int, pairs: int, se
             if step:
                 ours.append(one)
                 raw.append(limit)
+        with worker:
+            _saved(manager, state, pairs + 1)
     shutil.rmtree(folder / "store")
     found.ratios["local_over_raw"] = statistics.median(limit / one.upload_s for limit, one in zip(raw, ours, strict=True))
     found.figures["local_mb_s"] = size_bytes / 1e6 / statistics.median(one.upload_s for one in ours)
@@ -125,6 +133,7 @@ def _beside_peers(found: Found, url: str, bucket: Bucket, worker: Worker, size_b
     others = peers(bucket)
     costs: dict[str, list[Cost]] = {name: [] for name in ("dtr", *others)}
     state = _state(size_bytes, seed)
+    ways = _ways(found, others, _state(size_bytes // TRIED_SHARE, seed))
     source = _as_file(state)
     try:
         with _manager(url, _store_url(bucket), "s3") as manager:
@@ -135,9 +144,11 @@ def _beside_peers(found: Found, url: str, bucket: Bucket, worker: Worker, size_b
                         wall_s = _saved(manager, state, step).upload_s
                         cost = Cost(wall_s=wall_s, cpu_s=worker.cpu_s() - cpu_s)
                     else:
-                        cost = measured(others[name], source, f"peers/{name}")
+                        cost = measured(others[name], source, f"peers/{name}", ways[name])
                     if step:
                         costs[name].append(cost)
+            with worker:
+                _saved(manager, state, rounds + 1)
     finally:
         source.unlink()
     best = min(others, key=lambda name: statistics.median(cost.wall_s for cost in costs[name]))
@@ -149,6 +160,18 @@ def _beside_peers(found: Found, url: str, bucket: Bucket, worker: Worker, size_b
         prefix = "s3" if name == "dtr" else name
         section[f"{prefix}_mb_s"] = size_bytes / 1e6 / statistics.median(cost.wall_s for cost in taken)
         section[f"{prefix}_cpu_s_per_gb"] = statistics.median(cost.cpu_s for cost in taken) / (size_bytes / 1e9)
+
+
+def _ways(found: Found, others: Mapping[str, Put], state: State) -> dict[str, How]:
+    """The quickest way of each peer, which is noted among the report's parameters."""
+    source = _as_file(state)
+    try:
+        ways = {name: quickest(put, source, f"peers/{name}") for name, put in others.items()}
+    finally:
+        source.unlink()
+    for name, how in ways.items():
+        found.params |= {f"{name}_part_mib": how.part_mib, f"{name}_at_once": how.at_once}
+    return ways
 
 
 def _rotated(names: list[str], by: int) -> list[str]:
@@ -169,20 +192,21 @@ def _as_file(state: State) -> Path:
 # --- many ranks at once ---------------------------------------------------------------------------------------------
 
 
-def _many_ranks(found: Found, url: str, stores: Mapping[str, str], part_bytes: int, rounds: int, seed: int) -> None:
+def _many_ranks(found: Found, url: str, stores: Mapping[str, str], worker: Worker, part_bytes: int, rounds: int, seed: int) -> None:
     """Ranks that save together: their bytes over the time from the first claim to the commit."""
     state = _state(part_bytes, seed)
     for kind, store in stores.items():
         for size in (4, 8):
             with _ranks(url, store, f"{kind}-{size}", size) as managers, ThreadPoolExecutor(size) as pool:
                 taken = []
-                for step in range(rounds + 1):  # the first one makes the slots
-                    handles = [*pool.map(lambda manager, step=step: manager.save_async(state, step), managers)]
-                    for handle in handles:
-                        handle.durable.result(timeout=600)
-                    taken.append(took(_state_of(managers[0]), handles[0].run, step))
-                    uploaders.settled(Path(managers[0].settings.staging))
-            found.figures[f"{kind}_{size}_ranks_mb_s"] = size * part_bytes / 1e6 / statistics.median(one.upload_s for one in taken[1:])
+                for step in range(rounds + 2):  # the first one makes the slots, the last one is watched
+                    with worker if step > rounds else contextlib.nullcontext():
+                        handles = [*pool.map(lambda manager, step=step: manager.save_async(state, step), managers)]
+                        for handle in handles:
+                            handle.durable.result(timeout=600)
+                        taken.append(took(_state_of(managers[0]), handles[0].run, step))
+                        uploaders.settled(Path(managers[0].settings.staging))
+            found.figures[f"{kind}_{size}_ranks_mb_s"] = size * part_bytes / 1e6 / statistics.median(one.upload_s for one in taken[1:-1])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""What others take to put the same file into the same bucket, each at its fastest safe setting, and the processor time it costs them.
+"""What others take to put the same file into the same bucket, and the processor time it costs them.
 
-Parts of 16 MiB, four at once, as dtr sends them. boto3 and obstore do not sign the payload; boto3 computes no checksum either. A peer that
-is not installed is left out; boto3 always is.
+Each with the size of parts, and the number of them at once, that are the quickest of nine combinations for it, each tried once before.
+dtr has its default for all services: 16 MiB, four at once. boto3 and obstore do not sign the payload; boto3 computes no checksum either. A
+peer that is not installed is left out; boto3 always is.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Bucket", "Cost", "measured", "peers"]
+__all__ = ["Bucket", "Cost", "How", "Put", "measured", "peers", "quickest"]
 
-_PART_BYTES: Final = 16 << 20
-_AT_ONCE: Final = 4
-
-Put = Callable[[Path, str], Any]
+_PART_MIB: Final = (8, 16, 32)
+_AT_ONCE: Final = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +34,17 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """In what a file is sent: parts of so many MiB, so many at once."""
+
+    part_mib: int
+    at_once: int
+
+
+Put = Callable[[Path, str, How], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Of one transfer: seconds by the clock and of processor time."""
 
@@ -42,11 +52,18 @@ class Cost:
     cpu_s: float
 
 
-def measured(put: Put, path: Path, key: str) -> Cost:
+def measured(put: Put, path: Path, key: str, how: How) -> Cost:
     """One transfer by a peer, its child processes included."""
     cpu, begin = _cpu_s(), time.perf_counter()
-    put(path, key)
+    put(path, key, how)
     return Cost(wall_s=time.perf_counter() - begin, cpu_s=_cpu_s() - cpu)
+
+
+def quickest(put: Put, path: Path, key: str) -> How:
+    """How a peer puts a file in the least time: each way once, after a first transfer that does not count."""
+    ways = [How(part_mib=part_mib, at_once=at_once) for part_mib in _PART_MIB for at_once in _AT_ONCE]
+    put(path, key, ways[0])
+    return min(ways, key=lambda how: measured(put, path, key, how).wall_s)
 
 
 def peers(bucket: Bucket) -> dict[str, Put]:
@@ -76,8 +93,13 @@ def _boto3(bucket: Bucket) -> Put:
         max_pool_connections=16,
     )
     client = boto3.session.Session().client("s3", endpoint_url=bucket.endpoint, region_name=bucket.region, config=config)
-    how = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=_AT_ONCE)
-    return lambda path, key: client.upload_file(str(path), bucket.name, key, Config=how)
+
+    def put(path: Path, key: str, how: How) -> None:
+        part_bytes = how.part_mib << 20
+        transfer = TransferConfig(multipart_threshold=part_bytes, multipart_chunksize=part_bytes, max_concurrency=how.at_once)
+        client.upload_file(str(path), bucket.name, key, Config=transfer)
+
+    return put
 
 
 def _obstore(bucket: Bucket) -> Put:
@@ -94,15 +116,16 @@ def _obstore(bucket: Bucket) -> Put:
         unsigned_payload=True,
         client_options={"allow_http": True},
     )
-    return lambda path, key: obstore.put(store, key, path, chunk_size=_PART_BYTES, max_concurrency=_AT_ONCE)
+    return lambda path, key, how: obstore.put(store, key, path, chunk_size=how.part_mib << 20, max_concurrency=how.at_once)
 
 
 def _s5cmd(bucket: Bucket, binary: str) -> Put:
-    command = [binary, "--endpoint-url", bucket.endpoint, "cp", "--concurrency", f"{_AT_ONCE}", "--part-size", f"{_PART_BYTES >> 20}"]
-
-    def put(path: Path, key: str) -> None:
+    def put(path: Path, key: str, how: How) -> None:
         subprocess.run(
-            [*command, str(path), f"s3://{bucket.name}/{key}"],
+            [
+                binary, "--endpoint-url", bucket.endpoint, "cp", "--concurrency", f"{how.at_once}", "--part-size", f"{how.part_mib}",
+                str(path), f"s3://{bucket.name}/{key}",
+            ],
             check=True, stdout=subprocess.DEVNULL, env={**os.environ, "AWS_REGION": bucket.region},
         )  # fmt: skip
 

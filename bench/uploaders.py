@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+import redis
+
+from dtr.host import host_id
 from dtr.state.job import JobState
+from dtr.state.keys import uploader
 
 __all__ = ["Took", "Worker", "took", "worker"]
 
@@ -45,17 +49,34 @@ def took(state: JobState, run: str, step: int) -> Took:
 
 
 class Worker:
-    """The uploader's processes. As a context manager: samples their memory while the block runs."""
+    """The uploader's processes. As a context manager: samples their memory while the block runs, which is too much work to time the block.
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self.peak_bytes = 0
+    Memory is what all of them hold together, what several share counted once (PSS), without the slots, which the trainer has anyway:
+    ``idle_bytes`` before the first upload, ``peak_bytes`` in the blocks.
+    """
+
+    def __init__(self, pid: int, staging: str) -> None:
+        self._pid, self._staging = pid, staging
+        self.idle_bytes = self.peak_bytes = 0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def cpu_s(self) -> float:
         """Of all processes together, since they began."""
         return sum(_cpu_s(pid) for pid in self._pids())
+
+    def came_up(self, url: str, *, timeout_s: float = 60.0) -> None:
+        """Wait until the worker is there, and note what its processes hold."""
+        deadline = time.monotonic() + timeout_s
+        with redis.Redis.from_url(url) as client:
+            while not client.exists(uploader(host_id(self._staging))):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"no uploader came up in {timeout_s:.0f} s")
+                time.sleep(0.02)
+        self.idle_bytes = self.peak_bytes = self._own_bytes()
+
+    def _own_bytes(self) -> int:
+        return sum(_own_bytes(pid, self._staging) for pid in self._pids())
 
     def _pids(self) -> list[int]:
         """The worker and its pool; none of them may end while a benchmark runs."""
@@ -65,8 +86,10 @@ class Worker:
         return found
 
     def _sample(self) -> None:
-        while not self._over.wait(_SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, *(_own_bytes(pid) for pid in self._pids()))
+        while True:
+            self.peak_bytes = max(self.peak_bytes, self._own_bytes())
+            if self._over.wait(_SAMPLE_S):
+                return
 
     def __enter__(self) -> Self:
         self._over.clear()
@@ -91,7 +114,7 @@ def worker(url: str, folder: Path, **environment: str) -> Iterator[Worker]:
     with (folder / "uploader.log").open("wb") as log:
         child = subprocess.Popen([sys.executable, "-m", "celery", "-A", "tasks", "worker"], stdout=log, stderr=log)
     try:
-        yield Worker(child.pid)
+        yield Worker(child.pid, str(staging))
     finally:
         child.terminate()
         child.wait(timeout=60)
@@ -116,9 +139,13 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
-def _own_bytes(pid: int) -> int:
-    """What is resident of a process, without shared memory: that is the slot, which the trainer has anyway."""
+def _own_bytes(pid: int, staging: str) -> int:
+    """A process's share of the memory that it maps, but for files below ``staging``."""
+    total_kb, counts = 0, True
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssFile:")))
-    return 0
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            if not line[0].isupper():  # a mapping begins; its figures follow
+                counts = staging not in line
+            elif counts and line.startswith("Pss:"):
+                total_kb += int(line.split()[1])
+    return total_kb << 10

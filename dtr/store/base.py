@@ -5,9 +5,10 @@ A store maps keys to immutable-by-convention objects. What every backend guarant
 * ``put`` and ``put_file`` are atomic: a reader sees the old object, the new one or none, never a part of one. When they return, the
   object survives a crash of the machine (local) or is acknowledged by the service (S3, Google, Azure).
 * put-if-absent is honoured or refused, never ignored: of all concurrent calls for one key exactly one returns, whatever else happens.
-  A call that raises ``AlreadyExists`` may have lost against an earlier send of itself: read the object and compare.
-* a failed write has either no effect (``error.unknown`` is False) or an effect that the caller must look up (``unknown`` is True):
-  read and compare, and put again only if the key is absent.
+  A call that raises ``AlreadyExists`` may have lost against an earlier send of itself: read the object and compare. That object is as
+  durable then as if the call had put it, though its own writer may have died before it was.
+* a failed write has either no effect (``error.unknown`` is False) or an effect that the caller must look up (``unknown`` is True). What
+  reading finds then may not last: only a put-if-absent that returns or raises ``AlreadyExists`` says that it does.
 * ``delete`` of what is absent succeeds; ``list`` is recursive and sorted by code point; ranges are [start, end) as in slices.
 
 Every failure is a ``DtrError``: ``NotFound``, ``AlreadyExists``, ``InvalidInput`` (key, size), ``StoreUnavailable`` (may pass by

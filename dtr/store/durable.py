@@ -24,7 +24,7 @@ from dtr.errors import AlreadyExists, ConditionalPutUnsupported
 from dtr.failpoints import failpoint
 from dtr.store.base import RESERVED
 
-__all__ = ["TEMPORARY", "Draft", "Folders", "is_abandoned", "link_absent", "publish", "sync_folder", "temporary"]
+__all__ = ["TEMPORARY", "Draft", "Folders", "is_abandoned", "link_absent", "publish", "refuse_existing", "sync_folder", "temporary"]
 
 TEMPORARY: Final = f"{RESERVED}tmp-"
 _MODE: Final = 0o644  # less the umask
@@ -190,6 +190,13 @@ def publish(fd: int, path: str, target: str, *, if_absent: bool) -> None:
     failpoint("store.local.after_link")
     sync_folder(folder)
     failpoint("store.local.after_sync")
+
+
+def refuse_existing(target: str) -> None:
+    """AlreadyExists if there is an object ``target``, and then it is durable, as it is when ``publish`` says so."""
+    if os.path.lexists(target):
+        sync_folder(os.path.dirname(target))
+        raise AlreadyExists(f"{target} exists already", maybe_ours=False)
 
 
 def link_absent(path: str, target: str) -> None:

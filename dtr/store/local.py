@@ -38,7 +38,7 @@ from dtr.store.base import (
     open_source,
 )
 from dtr.store.copying import Copier, crc_of_range
-from dtr.store.durable import TEMPORARY, Draft, Folders, is_abandoned, link_absent, publish, temporary
+from dtr.store.durable import TEMPORARY, Draft, Folders, is_abandoned, link_absent, publish, refuse_existing, temporary
 from dtr.store.pieces import Piece, cut, move, piece_bytes
 from dtr.store.resume import Resume, Sent
 
@@ -83,7 +83,10 @@ class LocalStore(Store):
 
     def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
         content, target = as_bytes(data), self._path(key)
-        with self._writing(key, target, len(content), if_absent=if_absent) as draft, self._translated("write", key):
+        with (
+            self._writing(key, target, len(content), if_absent=if_absent) as draft,
+            self._translated("write", key, needed_bytes=len(content), draft=draft),
+        ):
             rest = content
             while rest:
                 rest = rest[os.write(draft.fd, rest) :]
@@ -100,8 +103,9 @@ class LocalStore(Store):
         resume: Resume | None = None,
     ) -> None:
         target = self._path(key)
-        if if_absent and os.path.lexists(target):
-            raise AlreadyExists(f"{key} exists already in {self.url}", key=key, maybe_ours=False)
+        if if_absent:
+            with self._committing(key):
+                refuse_existing(target)
         with open_source(source) as source_fd:
             check_size(size_bytes, offset, os.fstat(source_fd).st_size)
             earlier = resume.upload if resume else ""
@@ -120,7 +124,7 @@ class LocalStore(Store):
         for piece in pieces[there:]:
             crc = 0 if resume else None
             while done < piece.end:
-                with self._translated("write", key):
+                with self._translated("write", key, needed_bytes=size_bytes, draft=draft):
                     count, crc = copier.append(done, min(done + PIECE_BYTES, piece.end), crc)
                 if not count:
                     raise IntegrityError(f"the file to be stored as {key} ended after {done} of {size_bytes} bytes", key=key)
@@ -154,16 +158,21 @@ class LocalStore(Store):
                 draft = stack.enter_context(temporary(folder, name, self._shared.folders.ensure, earlier=earlier))
             failpoint("store.local.before_write")
             yield draft
-            with self._translated("write", key, needed_bytes=size_bytes):
+            with self._translated("write", key, needed_bytes=size_bytes, draft=draft):
                 if (written := os.fstat(draft.fd).st_size) != size_bytes:
                     raise IntegrityError(f"{key}: {written} bytes were written instead of {size_bytes}", key=key)
                 os.fsync(draft.fd)
-            with self._translated("commit", key, unknown=True):
-                try:
-                    publish(draft.fd, draft.path, target, if_absent=if_absent)
-                except AlreadyExists as exc:
-                    exc.facts["key"] = key
-                    raise
+            with self._committing(key):
+                publish(draft.fd, draft.path, target, if_absent=if_absent)
+
+    @contextlib.contextmanager
+    def _committing(self, key: str) -> Iterator[None]:
+        with self._translated("commit", key, unknown=True):
+            try:
+                yield
+            except AlreadyExists as exc:
+                exc.facts["key"] = key
+                raise
 
     # --- reading ---
 
@@ -297,22 +306,26 @@ class LocalStore(Store):
         """Nothing is kept open."""
 
     @contextlib.contextmanager
-    def _translated(self, operation: str, key: str, *, unknown: bool = False, needed_bytes: int | None = None) -> Iterator[None]:
+    def _translated(
+        self, operation: str, key: str, *, unknown: bool = False, needed_bytes: int | None = None, draft: Draft | None = None
+    ) -> Iterator[None]:
         try:
             yield
         except DtrError:
             raise
         except OSError as exc:
-            raise self._typed(exc, operation, key, unknown, needed_bytes) from exc
+            raise self._typed(exc, operation, key, unknown, needed_bytes, draft) from exc
 
-    def _typed(self, exc: OSError, operation: str, key: str, unknown: bool, needed_bytes: int | None) -> DtrError:
+    def _typed(self, exc: OSError, operation: str, key: str, unknown: bool, needed_bytes: int | None, draft: Draft | None) -> DtrError:
         what = f"cannot {operation} {key or 'here'} in {self.url}: {exc.strerror or exc}"
         facts = {"operation": operation, "key": key, "errno": exc.errno, "unknown": unknown}
         if exc.errno == errno.ENAMETOOLONG:
             return InvalidInput(f"{what}: the folder and the key together are longer than the system allows", **facts)
         if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
             needed = f"{needed_bytes} bytes are needed, " if needed_bytes is not None else ""
-            return StoreUnavailable(f"{what}: {needed}{_free_bytes(self._root)} bytes are free", **facts)
+            # What the draft has taken is free again, and was before: that is the number to hold against the needed ones.
+            free_bytes = _free_bytes(self._root) + (os.fstat(draft.fd).st_blocks * 512 if draft is not None else 0)
+            return StoreUnavailable(f"{what}: {needed}{free_bytes} bytes are free", **facts)
         if exc.errno in _PASSES_BY_ITSELF:
             return StoreUnavailable(what, **facts)
         hint = "" if exc.errno not in {errno.ENOTDIR, errno.EEXIST} else ": a file stands where a folder is needed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -199,6 +200,10 @@ def test_the_loser_finds_a_durable_winner(store: Store, calls: list[str]) -> Non
     with pytest.raises(AlreadyExists):
         store.put("a/k", b"2", if_absent=True)
     assert calls == ["fsync k", "fsync a"]
+    calls.clear()
+    with pytest.raises(AlreadyExists) as caught:
+        store.put_file("a/k", __file__, 1)
+    assert (calls, caught.value.key) == (["fsync a"], "a/k")
 
 
 def test_a_failed_fsync_of_the_bytes_commits_nothing(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +225,8 @@ def test_a_failed_fsync_of_the_folder_is_unknown(store: Store, monkeypatch: pyte
             with pytest.raises(StoreUnavailable) as caught:
                 store.put("a/k", b"1", if_absent=True)
             assert caught.value.unknown is True
+        with pytest.raises(StoreUnavailable):
+            store.put_file("a/k", __file__, 1)
     with pytest.raises(AlreadyExists):
         store.put("a/k", b"1", if_absent=True)
 
@@ -288,10 +295,14 @@ def test_a_full_disk(tiny: Path, large: Path) -> None:
         lambda: store.put("a/k", bytes(2 << 20), if_absent=True),
         lambda: store.put_file("a/k", large, LARGE_BYTES),
     ]
-    for write in writes:
-        with pytest.raises(StoreUnavailable, match=r"bytes are free") as caught:
+    for write, needed in zip(writes, (2 << 20, LARGE_BYTES), strict=True):
+        with pytest.raises(StoreUnavailable) as caught:
             write()
         assert caught.value.unknown is False
+        numbers = re.search(r"No space left on device: (\d+) bytes are needed, (\d+) bytes are free", str(caught.value))
+        assert numbers is not None
+        assert int(numbers[1]) == needed
+        assert (1 << 20) - (64 << 10) < int(numbers[2]) <= 1 << 20
     assert [path for path in tiny.rglob("*") if path.is_file()] == []
     store.put("a/k", bytes(1 << 18), if_absent=True)
 

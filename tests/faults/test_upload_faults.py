@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from dtr.checkpoint.staging.slots import scan
 from dtr.checkpoint.uploading.upload import Limits
 from dtr.state.keys import uploader as presence
 from dtr.state.scripts import load
-from dtr.store import open_store
+from dtr.store import durable, open_store
 from tests.proxy import Proxy
 from tests.servers import RedisServer, SeaweedServer, seaweed_server
 from tests.uploads import LIMITS, Training, follow, other_uploader, outcome, payload, verified, wait_for_stop
@@ -131,6 +132,28 @@ class TestStore:
         finally:
             training.store.close()
             subprocess.run(["umount", "-l", str(folder)], check=True)
+
+    @pytest.mark.parametrize("failures", [1, 2, 1000])
+    def test_a_manifest_that_may_not_last_is_no_commit(self, training: Training, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+        """The manifest can be read and its folder cannot be synced (EIO): COMMITTED is said after an fsync that succeeded, never before."""
+        training.stage()
+        synced, real = [], durable.sync_folder
+
+        def sync(folder: str) -> None:
+            if Path(folder, "manifest.json").exists():
+                synced.append(len(synced) >= failures)
+                if not synced[-1]:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(folder)
+
+        monkeypatch.setattr(durable, "sync_folder", sync)
+        assert upload(training) == ("COMMITTED" if failures == 1 else "RELEASED")
+        assert training.manifest().decision == "commit"
+        assert training.state_of() == ("COMMITTED" if True in synced else "SEALED")
+        if failures == 2:
+            assert training.settled() == "COMMITTED"
+            assert synced[-1]
+            verified(training)
 
     def test_s3_killed_in_mid_part(self, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A multipart upload that was begun and died is gone once its checkpoint is decided: no multipart, no second object."""

@@ -14,7 +14,8 @@ from tests.uploads import LIMITS, Training, follow, other_uploader, outcome, pay
 from tests.waiting import eventually
 
 UPLOADING = ["upload.after_claim", "upload.mid_put", "upload.after_put", "upload.after_part_done"]
-DECIDING = ["commit.before_manifest", "commit.after_manifest", "commit.before_decide"]
+DECIDING = ["commit.before_manifest", "commit.after_manifest", "commit.before_decide", "commit.after_decide"]
+STORING = ["store.local.before_write", "store.local.before_link", "store.local.after_link", "store.local.after_sync"]
 
 
 def killed(training: Training, name: str, *, step: int = 1, rank: int | str = 0) -> None:
@@ -22,7 +23,7 @@ def killed(training: Training, name: str, *, step: int = 1, rank: int | str = 0)
     assert status == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("name", UPLOADING + DECIDING)
+@pytest.mark.parametrize("name", UPLOADING + DECIDING + STORING)
 def test_a_killed_uploader_is_succeeded(training: Training, name: str) -> None:
     """Whatever it had done, the next one commits the part once, and frees the slot."""
     training.stage()
@@ -32,6 +33,18 @@ def test_a_killed_uploader_is_succeeded(training: Training, name: str) -> None:
     assert not [found for found in training.slots() if found.kind == "STAGED"]
     assert [fields["event"] for _, fields in training.state.redis.xrange(training.state.keys.events)].count("ckpt_committed") == 1
     assert training.state.redis.hget(training.state.keys.meta, "latest") == f"{training.run.id}/1"
+
+
+@pytest.mark.parametrize("name", ["commit.after_manifest", "commit.before_decide", "commit.after_decide"])
+def test_a_commit_leaves_nothing_of_earlier_uploads(training: Training, name: str) -> None:
+    """The first uploader leaves its object, the second dies at its decision: once the checkpoint is decided, that object is gone."""
+    training.stage()
+    killed(training, "upload.after_put")
+    assert len(training.objects()) == 1
+    eventually(lambda: training.view().parts[0].lease_until_ms < training.state.server_now_ms(), what="the lapse of the lease")
+    killed(training, name)
+    assert training.settled() == "COMMITTED"
+    verified(training)
 
 
 @pytest.mark.parametrize("name", ["upload.mid_put", "upload.after_put", "commit.before_manifest"])
@@ -160,7 +173,7 @@ class TestStopped:
 
 
 class TestAbort:
-    @pytest.mark.parametrize("name", ["abort.before_record", "abort.after_record"])
+    @pytest.mark.parametrize("name", ["abort.before_record", "abort.after_record", "commit.before_decide", "commit.after_decide"])
     def test_a_killed_aborter_is_succeeded(self, pair: Training, name: str) -> None:
         """The abort is decided once, objects go only after its record, slots are freed, and everyone reads the same reason."""
         pair.stage(rank=0)

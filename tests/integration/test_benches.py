@@ -21,7 +21,10 @@ TINY: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     ),
     "upload": (
         ["--mib", "8", "--pairs", "1", "--s3-mib", "8", "--rounds", "1", "--rank-mib", "1"],
-        {"ratios": ["local_over_raw", "s3_over_best_peer", "cpu_over_best_peer"], "figures": ["uploader_extra_mb", "dispatch_ms"]},
+        {
+            "ratios": ["local_over_raw", "s3_over_best_peer", "cpu_over_best_peer"],
+            "figures": ["uploader_extra_mb", "uploader_idle_mb", "dispatch_ms"],
+        },
     ),
     "delta": (
         ["--mib", "4", "--saves", "2"],

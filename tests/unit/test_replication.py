@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtr.checkpoint.format import tensors, tree
+from dtr.checkpoint.format import tensors, torch_tensors, tree
 from dtr.checkpoint.format.paths import Patterns
-from dtr.checkpoint.format.replication import REPLICATED, Shares, split
+from dtr.checkpoint.format.replication import REPLICATED, UNSEEN, Shares, first_difference, sampled_in, split
+from dtr.checkpoint.format.structure import Structures
 from dtr.checkpoint.format.tensors import Tensor
 from dtr.checkpoint.restoring.fetch import read_state
 from dtr.checkpoint.restoring.scattered import headers_of, locate
@@ -268,6 +269,82 @@ class TestWrong:
         layout.copy_into(content, leaves)
         with pytest.raises(IntegrityError):
             read_state({0: Memory("forged", content), 1: part({"m": np.zeros(10)}, "m", 2, 1)}, rank=0, world_size=2)
+
+
+class TestValues:
+    """What ranks say of the values that they ought to hold alike; ``shares`` of ranks 0 and 1 of 2 unless another number is given."""
+
+    @staticmethod
+    def said(state: Any, rank: int = 0, world_size: int = 2) -> str:
+        return file_of(state, {}, shares("*", world_size, rank))[1]
+
+    @pytest.mark.parametrize("dtype", ["u1", "f2", ">f4", "f8", "c16", "?", "M8[s]", "V5"])
+    @pytest.mark.parametrize("shape", [(), (1,), (7,), (100, 3), (3, 1000)])
+    def test_the_same_values_are_alike(self, dtype: str, shape: tuple[int, ...]) -> None:
+        """Whatever the dtype, and however each rank's memory is laid out: as rows, as columns, with gaps."""
+        chooser = np.random.default_rng(3)
+        value = np.frombuffer(chooser.bytes(np.dtype(dtype).itemsize * int(np.prod(shape))), np.dtype(dtype)).reshape(shape)
+        spread = np.empty(tuple(2 * size for size in shape), value.dtype)[(..., *(slice(None, None, 2) for _ in shape))]
+        spread[...] = value
+        held = [{"a": value}, {"a": np.array(value, order="F")}, {"a": spread}]
+        assert len({self.said(state, rank) for state in held for rank in (0, 1)}) == 1
+
+    def test_a_nan_is_what_it_is(self) -> None:
+        """Bits are compared: NaN equals itself, another NaN and -0.0 do not."""
+        plain = {"a": np.array([1.0, np.nan, 0.0])}
+        other = {"a": np.array([1.0, np.nan, 0.0])}
+        assert self.said(plain) == self.said(other)
+        other["a"].view(np.uint64)[1] += 1
+        assert self.said(plain) != self.said(other)
+        assert self.said(plain) != self.said({"a": np.array([1.0, np.nan, -0.0])})
+
+    @pytest.mark.parametrize("where", [0, -1])
+    def test_the_tensor_that_differs_is_named(self, where: int) -> None:
+        """Its first or last number, in a known structure as in a new one; the name is read from the part."""
+        known, state = Structures(), {f"t{n}": np.arange(1000.0) for n in range(5)}
+        before = known.lay_out(state, {}, shares("*", 2, 0)).structure
+        assert known.lay_out(state, {}, shares("*", 2, 0)).structure == before
+        state["t3"][where] += 1
+        after = known.lay_out(state, {}, shares("*", 2, 0)).structure
+        content, anew = file_of(state, {}, shares("*", 2, 1))
+        assert after == anew
+        names = sampled_in(tensors.read_header(content, len(content)).metadata)
+        assert names == sorted(state)
+        assert first_difference(before, after, names) == "t3"
+        assert first_difference(before, after, []) == ""
+        assert first_difference(before, self.said({"t3": state["t3"]}), names) is None
+
+    def test_torch_tensors_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """bfloat16 and Parameters in this machine's memory; what they share is compared once, and what is on a device not at all."""
+        torch = pytest.importorskip("torch")
+        weight = torch.nn.Parameter(torch.ones(40, 3))
+        state = {"a": torch.zeros(50, dtype=torch.bfloat16), "b": weight, "c": weight}
+        before = self.said(state)
+        assert before == self.said(state, 1)
+        state["a"][49] = 1
+        assert first_difference(before, self.said(state), ["a", "b"]) == "a"
+        monkeypatch.setattr(torch_tensors, "is_here", lambda value: False)
+        assert Structures().lay_out(state, {}, shares("*", 2, 0)).structure == before[:16] + 2 * UNSEEN
+
+    def test_it_costs_the_same_for_many(self) -> None:
+        """Of 20,000 tensors 64 are looked at, spread over all; of one rank's, of empty ones and of what is between fields, none."""
+        state = {f"{n:05d}": np.zeros(4) for n in range(20_000)}
+        content, said = file_of(state, {}, shares("*", 2, 0))
+        names = sampled_in(tensors.read_header(content, len(content)).metadata)
+        assert (len(names), len(said)) == (64, 16 + 64 * 4)
+        assert (names[0], names[-1]) == ("00000", "19687")
+        assert len(self.said(state, world_size=1)) == 16
+        padded = np.zeros(3, np.dtype([("a", "u1"), ("b", "f8")], align=True))
+        assert len(self.said({"a": np.zeros((0, 3)), "b": padded})) == 16
+
+
+def test_the_tensor_that_differs_is_in_the_reason() -> None:
+    """Names, shapes and dtypes are alike, and the third tensor is not."""
+    alike, exc = "0" * 16, "this step was begun with replicated some {}, now it is some {}"
+    told = explained(CheckpointConflict(exc.format(f"{alike}aaaabbbbcccc", f"{alike}aaaabbbbdddd")), 3, ["a", "b", "opt/m"])
+    assert "begun with replicated opt/m of other values than rank 3 has: what replicated= selects must be alike" in told.message
+    told = explained(CheckpointConflict(exc.format(f"{alike}aaaa", f"{alike}bbbb")), 3)
+    assert "begun with replicated tensors of other values than rank 3 has" in told.message
 
 
 @pytest.mark.parametrize(

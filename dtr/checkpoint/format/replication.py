@@ -9,7 +9,9 @@ A tensor that is cut is cut into rows, along its first dimension of more than on
 ``dtr_replicated`` in its metadata (JSON) which rows of which tensor that are. Values that are no tensors are in every rank's tree.
 What several values of a state share (tied weights) is stored once, and is common if a pattern selects any of them. Where none selects
 the name under which it is stored, the part says so under ``also``.
-The ranks' structures must be alike: their digest is in every part, and a checkpoint of ranks that differ is refused before it begins.
+The ranks' structures must be alike: their digest is in every part, and a checkpoint of ranks that differ is refused before it begins. So
+must their values. Nobody compares all of them, but a few items of up to 64 tensors, spread over all (the metadata names them under
+``sampled``), where all ranks hold them in their machines' memory: what nobody exchanged is found, a single stray number hardly ever.
 """
 
 from __future__ import annotations
@@ -17,21 +19,40 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from dtr.checkpoint.format.paths import Patterns, leaves
 from dtr.checkpoint.format.tensors import Tensor
 from dtr.errors import InvalidInput
 
-__all__ = ["REPLICATED", "Share", "Shares", "rows_of", "split", "take"]
+__all__ = [
+    "REPLICATED",
+    "UNSEEN",
+    "Share",
+    "Shares",
+    "first_difference",
+    "items_of",
+    "rows_of",
+    "sampled_in",
+    "split",
+    "take",
+    "values_of",
+]
 
 REPLICATED: Final = "dtr_replicated"
 _SNAP: Final = 256  # a cut this part of a share from a tensor's edge is made at the edge
 _SHOWN: Final = 8
+_SAMPLED_TENSORS: Final = 64  # a microsecond each, in the trainer's way
+_SAMPLED_ITEMS: Final = 16
+_STRUCTURE_CHARS: Final = 16
+UNSEEN: Final = "____"  # the values of a tensor that is in the memory of a device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +127,9 @@ def _sliced(tensor: Tensor, share: Share) -> Tensor:
 
 def take(
     spec: Any, tensors: Mapping[str, Tensor], shares: Shares, aliases: Mapping[str, Sequence[str]] | None = None
-) -> tuple[dict[str, Tensor], str, str]:
-    """What this rank's part holds, its own tensors first; the digest of what is common, alike on all ranks; the text for its metadata.
+) -> tuple[dict[str, Tensor], str, list[str], str]:
+    """What this rank's part holds, its own tensors first; of what is common, alike on all ranks, the digest of its structure and the names
+    of the tensors whose values are compared; the text for its metadata.
 
     Args:
         spec: the tree of the state.
@@ -130,12 +152,12 @@ def take(
             name = _free_name(f"{share.name}[{share.start}:{share.end}]", tensors)
             rows[name] = {"of": share.name, "rows": [share.start, share.end], "shape": common[share.name].shape}
         held[name] = _sliced(common[share.name], share)
-    structure = _digest(common)
+    structure, sampled = _digest(common), _sampled(common) if shares.world_size > 1 else []
     about = {
         "patterns": sorted(patterns.texts), "rank": shares.rank, "world_size": shares.world_size, "structure": structure,
-        "rows": rows, **({"also": sorted(also & held.keys())} if also & held.keys() else {}),
+        "sampled": sampled, "rows": rows, **({"also": sorted(also & held.keys())} if also & held.keys() else {}),
     }  # fmt: skip
-    return held, structure, orjson.dumps(about).decode()
+    return held, structure, sampled, orjson.dumps(about).decode()
 
 
 def _check_patterns(spec: Any, tensors: Mapping[str, Tensor], common: Mapping[str, Tensor], patterns: Patterns) -> None:
@@ -161,4 +183,41 @@ def _free_name(name: str, taken: Mapping[str, Any]) -> str:
 
 def _digest(common: Mapping[str, Tensor]) -> str:
     facts = [[name, tensor.label, tensor.shape] for name, tensor in sorted(common.items())]
-    return hashlib.sha256(orjson.dumps(facts)).hexdigest()[:16]
+    return hashlib.sha256(orjson.dumps(facts)).hexdigest()[:_STRUCTURE_CHARS]
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _sampled(common: Mapping[str, Tensor]) -> list[str]:
+    """Without those that have fields: what is between them is nobody's value."""
+    names = [name for name, tensor in sorted(common.items()) if tensor.array.nbytes and tensor.array.dtype.names is None]
+    return [names[n * len(names) // _SAMPLED_TENSORS] for n in range(_SAMPLED_TENSORS)] if len(names) > _SAMPLED_TENSORS else names
+
+
+def items_of(size: int) -> NDArray[np.intp]:
+    """Which items of a tensor of ``size`` items are compared: the first, the last, and some evenly between."""
+    return np.unique(np.linspace(0, size - 1, _SAMPLED_ITEMS).astype(np.intp))
+
+
+def values_of(array: NDArray[Any], items: NDArray[np.intp]) -> str:
+    """Four characters that stand for some items of an array, bit by bit: a NaN is what it is, and no 0.0 is -0.0."""
+    return f"{zlib.crc32(array.flat[items].tobytes()) & 0xFFFF:04x}"
+
+
+def sampled_in(metadata: Mapping[str, str]) -> list[str]:
+    """The names of the tensors whose values were compared, from the metadata of a part."""
+    return [str(name) for name in orjson.loads(metadata[REPLICATED])["sampled"]] if REPLICATED in metadata else []
+
+
+def first_difference(one: str, other: str, sampled: Sequence[str]) -> str | None:
+    """In which tensor two ranks differ; None if their structures do, empty if ``sampled`` does not say.
+
+    Args:
+        one, other: what each said: the digest of the structure, and behind it the values of ``sampled`` in turn.
+        sampled: the names of the tensors whose values are compared.
+    """
+    if one[:_STRUCTURE_CHARS] != other[:_STRUCTURE_CHARS]:
+        return None
+    at = range(_STRUCTURE_CHARS, _STRUCTURE_CHARS + len(UNSEEN) * len(sampled), len(UNSEEN))
+    return next((name for name, n in zip(sampled, at, strict=True) if one[n : n + len(UNSEEN)] != other[n : n + len(UNSEEN)]), "")

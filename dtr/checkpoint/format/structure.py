@@ -8,6 +8,7 @@ looked up in every save, by their addresses.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from dtr.checkpoint.format import tensors, torch_tensors, tree
 from dtr.checkpoint.format.copying import Places, copy_dtype
 from dtr.checkpoint.format.leaves import SHARED, Leaf, strides_of
 from dtr.checkpoint.format.outline import Different, Outline, outline_of
-from dtr.checkpoint.format.replication import REPLICATED, Shares, take
+from dtr.checkpoint.format.replication import REPLICATED, UNSEEN, Shares, items_of, take, values_of
 from dtr.checkpoint.format.sharing import Group, groups_of, memory_of
 from dtr.checkpoint.format.tensors import Arrangement, Tensor
 from dtr.checkpoint.format.torch_tensors import OnDevice
@@ -38,7 +39,7 @@ class Laid:
 
     header: bytes
     size_bytes: int
-    structure: str  # the digest of what is replicated, '' if nothing is
+    structure: str  # of what is replicated, the digest and a sample of the values; '' if nothing is
     _plan: _Plan
     _arrays: Sequence[Any]
 
@@ -104,6 +105,17 @@ class _Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """Some items of a tensor that all ranks hold alike."""
+
+    source: _Source
+    items: NDArray[np.intp]
+
+    def values(self, arrays: Sequence[Any]) -> str:
+        return UNSEEN if self.source.kind == "device" else values_of(self.source.array(arrays), self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """The copies of one structure."""
 
@@ -135,6 +147,7 @@ class _Known:
     arrangement: Arrangement
     plan: _Plan
     digest: str
+    samples: Sequence[_Sample]
     replicated: str  # of the file's metadata
     able: Sequence[int]  # arrays of the match that may share memory
     shared: tuple[Group, ...]  # and how they do: members count the able ones
@@ -181,7 +194,8 @@ class Structures:
             if known.replicated:
                 metadata[REPLICATED] = known.replicated
             layout = known.arrangement.layout(metadata)
-        return Laid(header=layout.header, size_bytes=layout.size_bytes, structure=known.digest, _plan=known.plan, _arrays=arrays)
+        structure = known.digest + "".join([sample.values(arrays) for sample in known.samples])
+        return Laid(header=layout.header, size_bytes=layout.size_bytes, structure=structure, _plan=known.plan, _arrays=arrays)
 
     def _find(self, state: Any, shares: Shares | None) -> tuple[_Known, list[Any]]:
         for n, known in enumerate(self._known):
@@ -223,7 +237,7 @@ def _learn(state: Any, shares: Shares | None) -> tuple[_Known, list[Any]]:
         name: Tensor(label=tensor.label, array=_Stand(name, tensor.array), alignment=tensor.alignment)  # type: ignore[arg-type]
         for name, tensor in walked.tensors.items()
     }
-    held, digest, replicated = (stands, "", "") if shares is None else take(walked.spec, stands, shares, _aliases(walked))
+    held, digest, sampled, replicated = (stands, "", [], "") if shares is None else take(walked.spec, stands, shares, _aliases(walked))
     arrangement = tensors.arrange(held)
     outline = outline_of(state, walked)
     order = range(len(leaves)) if outline is None else outline.order
@@ -231,9 +245,11 @@ def _learn(state: Any, shares: Shares | None) -> tuple[_Known, list[Any]]:
     arrays: list[Any] = [leaves[number].source for number in order]
     able = [n for n, number in enumerate(order) if leaves[number].can_share]
     shared = groups_of([arrays[n] for n in able])
-    plan = _plan(walked, held, arrangement, position)
+    origins = _origins(walked, position)
+    plan = _plan(held, arrangement, origins)
+    samples = [_Sample(source=origins[name], items=items_of(math.prod(stands[name].array.shape))) for name in sampled]
     known = _Known(
-        shares=shares, outline=outline, arrangement=arrangement, plan=plan, digest=digest, replicated=replicated,
+        shares=shares, outline=outline, arrangement=arrangement, plan=plan, digest=digest, samples=samples, replicated=replicated,
         able=able, shared=shared, strides=_strides(shared, [arrays[n] for n in able]), text=tree.encode(walked.spec),
     )  # fmt: skip
     return known, arrays
@@ -248,12 +264,17 @@ def _aliases(walked: tree.Walked) -> dict[str, list[str]]:
     return found
 
 
-def _plan(walked: tree.Walked, held: Mapping[str, Tensor], arrangement: Arrangement, position: Mapping[int, int]) -> _Plan:
+def _origins(walked: tree.Walked, position: Mapping[int, int]) -> dict[str, _Source]:
+    """Where the bytes of each tensor of the state come from."""
     origins = {leaf.name: _source(leaf, position[n]) for n, leaf in enumerate(walked.leaves)}
     for group in walked.shared:
         if group.owner is None:
             first = origins[walked.leaves[group.members[0]].name]
             origins[f"{walked.leaves[group.members[0]].name}{SHARED}"] = replace(first, group=group, dtype=np.dtype(np.uint8))
+    return origins
+
+
+def _plan(held: Mapping[str, Tensor], arrangement: Arrangement, origins: Mapping[str, _Source]) -> _Plan:
     host: list[tuple[_Source, tuple[int, ...], int]] = []
     on_device: list[tuple[_Source, int, int]] = []
     for entry in arrangement.entries:

@@ -12,20 +12,30 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dtr import publish
 from dtr.checkpoint import checksum, handover, parts
-from dtr.checkpoint.format.replication import Shares
+from dtr.checkpoint.format.replication import Shares, first_difference, sampled_in
+from dtr.checkpoint.format.tensors import read_header
 from dtr.checkpoint.parts import Fence, Spec, StagedPart
 from dtr.checkpoint.saving.failures import Failed, report
 from dtr.checkpoint.saving.handle import SaveHandle
 from dtr.checkpoint.saving.progress import Meter, Sight, answered, ask
 from dtr.checkpoint.staging.locks import try_lock
 from dtr.checkpoint.staging.slots import Found
-from dtr.errors import CheckpointConflict, CheckpointError, CoordinatorUnavailable, RosterChanged, RunUnknown, StaleIncarnation, StateLost
+from dtr.errors import (
+    CheckpointConflict,
+    CheckpointError,
+    CoordinatorUnavailable,
+    IntegrityError,
+    RosterChanged,
+    RunUnknown,
+    StaleIncarnation,
+    StateLost,
+)
 from dtr.failpoints import failpoint
 from dtr.state.client import translate
 from dtr.state.job import JobState
@@ -34,7 +44,9 @@ __all__ = ["Save", "announce", "explained", "look"]
 
 log = logging.getLogger(__name__)
 
-_REPLICATED: Final = re.compile(r"begun with replicated (?P<begun>none|some|all)(?: \w+)?, now it is (?P<now>none|some|all)")
+_REPLICATED: Final = re.compile(
+    r"begun with replicated (?P<begun>none|some|all) ?(?P<theirs>\w*), now it is (?P<now>none|some|all) ?(?P<ours>\w*)"
+)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -109,7 +121,7 @@ def announce(state: JobState, save: Save, recover_run: Callable[[], None], broke
     try:
         placed = _begin(state, save, recover_run)
     except CheckpointConflict as exc:
-        told = explained(exc, save.fence.rank)
+        told = explained(exc, save.fence.rank, _sampled(save))
         _part_company(state, save, told)
         raise told from exc
     failpoint("save.after_begin")
@@ -146,18 +158,21 @@ def _wake_uploader(state: JobState, save: Save, broker_url: str) -> None:
         log.info("the uploader was not woken, and finds step %d by itself: %s", save.spec.step, exc)
 
 
-def explained(exc: CheckpointConflict, rank: int) -> CheckpointConflict:
+def explained(exc: CheckpointConflict, rank: int, sampled: Sequence[str] = ()) -> CheckpointConflict:
     """The same conflict for people: what ranks disagree about when they replicate, where the script compares digests.
 
     Args:
         exc: what the script answered to a rank that came second.
         rank: whose save it was.
+        sampled: the tensors whose values it compares.
     """
     if (found := _REPLICATED.search(exc.message)) is None:
         return exc
     begun, now = found["begun"], found["now"]
     if begun == now:
-        text = f"this step was begun with replicated tensors of other names, shapes or dtypes than rank {rank} has"
+        path = first_difference(found["theirs"], found["ours"], sampled)
+        what = "tensors of other names, shapes or dtypes" if path is None else f"{path or 'tensors'} of other values"
+        text = f"this step was begun with replicated {what} than rank {rank} has"
         return CheckpointConflict(f"{text}: what replicated= selects must be alike on all ranks", **exc.facts)
     words = {"none": "nothing", "some": "some of the state", "all": "all of it"}
     text = f"this step was begun with replicated {words[begun]}, and rank {rank} replicates {words[now]}"
@@ -198,23 +213,40 @@ def _begin(state: JobState, save: Save, recover_run: Callable[[], None]) -> part
 
 
 def _checksum_of(save: Save) -> str:
-    """The checksum of what this save put into its slot, which an uploader may have freed by now but nobody has filled anew."""
+    with _content(save) as view:
+        if view is None:
+            raise CheckpointConflict(f"step {save.spec.step} was saved twice, and the second copy was gone before it could be compared")
+        return checksum.of(view)
+
+
+def _sampled(save: Save) -> list[str]:
+    """The replicated tensors whose values were compared, as this save's part names them; none if that cannot be read any more."""
+    with contextlib.suppress(OSError, IntegrityError), _content(save) as view:
+        return sampled_in(read_header(view, len(view)).metadata) if view else []
+    return []
+
+
+@contextlib.contextmanager
+def _content(save: Save) -> Iterator[memoryview | None]:
+    """What this save put into its slot, which an uploader may have freed by now; None once somebody has filled it anew."""
     if save.slot is None or save.part is None:
-        return ""
+        yield None
+        return
     files, size_bytes = save.slot.files, save.part.size_bytes
     hold = try_lock(files.lock, shared=True)
     with hold or contextlib.nullcontext():
         record = files.read() if hold is not None else None
         if record is None or record.save != save.part.save:
-            raise CheckpointConflict(f"step {save.spec.step} was saved twice, and the second copy was gone before it could be compared")
-        if size_bytes == 0:
-            return checksum.of(b"")
-        descriptor = os.open(files.data, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
-                return checksum.of(view)
-        finally:
-            os.close(descriptor)
+            yield None
+        elif size_bytes == 0:
+            yield memoryview(b"")
+        else:
+            descriptor = os.open(files.data, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                with mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
+                    yield view
+            finally:
+                os.close(descriptor)
 
 
 def look(state: JobState, saves: Sequence[Save], *, whole: Collection[Save] = ()) -> list[Sight]:
