@@ -275,13 +275,15 @@ class DataPlane:
         run = self._session.run
         with self._mutex:
             own = {name: loader.consumption.state() for name, loader in self._loaders.items()}
+            unfinished = {name: left for name, loader in self._loaders.items() if (left := loader.consumption.unreported())}
             steps = {name: account for name in own if (account := self._journal.to_json(name)) is not None}
-            left = sum(loader.consumption.unreported() for loader in self._loaders.values())
             size = max((loader.most_in_flight for loader in self._loaders.values()), default=0)
-        if left > 2 * size and not self._warned:
+        if (left := sum(unfinished.values())) > 2 * size and not self._warned:
             self._warned = True
             log.warning("%d samples were handed out and not reported: pass each batch to step(), or they will be read again", left)
         share: dict[str, dict[str, Any]] = {name: {"own": state.to_json()} for name, state in own.items()}
+        for name, samples in unfinished.items():
+            share[name]["open"] = samples
         for name, account in steps.items():
             share[name]["steps"] = account
         if run.rank == 0:
@@ -323,13 +325,23 @@ def merge_shares(shares: Mapping[int, str]) -> dict[str, Any]:
         StateCorrupt: a share is no data state.
     """
     found: dict[str, DataState] = {}
+    still_open: list[tuple[str, int, int, int]] = []
     for rank in sorted(shares):
         for name, share in _parsed(rank, shares[rank]).items():
+            if (samples := share.get("open", 0)) and "own" in share:
+                still_open.append((name, rank, parse(name, share["own"]).epoch, samples))
             state = merged(name, [parse(name, share[part]) for part in ("before", "own") if part in share])
             if name in found:
                 _check_disjoint(name, rank, found[name], state)
                 state = merged(name, [found[name], state])
             found[name] = state
+    for name, rank, epoch, samples in still_open:
+        if epoch < found[name].epoch:  # of an epoch that is over nothing is kept but its number, so they would be lost
+            raise DataConflict(
+                f"data set {name!r}: rank {rank} was given {samples} samples of epoch {epoch} that it did not pass to step(), and others "
+                f"are in epoch {found[name].epoch}: every rank must pass each batch to step()",
+                name=name,
+            )
     return {name: state.to_json() for name, state in sorted(found.items())}
 
 
@@ -341,7 +353,7 @@ def accounts_of(shares: Mapping[int, str]) -> dict[int, dict[str, Account]]:
 
 
 def _parsed(rank: int, share: str) -> Mapping[str, Mapping[str, Any]]:
-    """A rank's share: data set -> its ``own`` state, the ``steps`` of it, and, of rank 0, the state ``before`` the run."""
+    """A rank's share: data set -> its ``own`` state, ``steps``, samples that are ``open``, and, of rank 0, the state ``before`` the run."""
     try:
         found = orjson.loads(share) if share else {}
     except orjson.JSONDecodeError as exc:

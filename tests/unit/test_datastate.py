@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dtr.datasets.consuming import ranges
 from dtr.datasets.consuming.cut import agreed_batch, cut_at
 from dtr.datasets.consuming.datastate import Cursor, Dynamic, merged, parse, shared
+from dtr.datasets.plane import merge_shares
 from dtr.errors import DataConflict, StateCorrupt
 
 SIZE = 10  # samples in a shard
@@ -151,3 +152,12 @@ def test_a_cut_before_what_is_on_record_is_refused() -> None:
     """Sums cannot be taken apart again."""
     with pytest.raises(StateCorrupt, match="restore a checkpoint"):
         cut_at("x", Dynamic(version=1, digest="d", seed=0), {"part/4": "0-5", "out/0/7": "4:5-7"}, b"", 3)
+
+
+def test_an_epoch_that_a_rank_has_not_ended_is_not_left_behind() -> None:
+    """Others are in the next one, and this rank was given samples that it did not report: no checkpoint would ever have them."""
+    ahead, behind = (Dynamic(version=1, digest="d", seed=0, epoch=epoch).to_json() for epoch in (1, 0))
+    with pytest.raises(DataConflict, match="rank 1 was given 20 samples of epoch 0 that it did not pass to step"):
+        merge_shares({0: json.dumps({"n": {"own": ahead}}), 1: json.dumps({"n": {"own": behind, "open": 20}})})
+    for quiet in ({"own": behind}, {"own": ahead, "open": 20}):
+        assert merge_shares({0: json.dumps({"n": {"own": ahead}}), 1: json.dumps({"n": quiet})})["n"]["epoch"] == 1
