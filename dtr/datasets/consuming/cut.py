@@ -1,9 +1,8 @@
-"""Where survivors stand that go on with the model in their memory: the data state of a run that ended, from its ledger. Pure.
+"""The data state of all ranks after a batch, from the ledger. Pure.
 
-A ledger of an ended run never changes again: its fence is closed. It has, for each rank, the ranges of the newest batches that were handed
-out, told before the trainer got them, and sums by shard of what is older. A rank that died after it gave its batch to the collective of
-step s and before it reported step s is in the survivors' model all the same; so what counts is what was handed out through the batch that
-the survivors agree on, not what was reported.
+The ledger has, for each rank, the ranges of the newest batches that were handed out, told before the trainer got them, and sums by shard of
+what is older. A rank that gave its batch to the collective of step s and has not reported step s yet is in the others' model all the same;
+so what counts is what was handed out through that batch, not what was reported.
 """
 
 from __future__ import annotations
@@ -18,12 +17,7 @@ from dtr.datasets.consuming.datastate import Dynamic, merged
 from dtr.datasets.consuming.ranges import Ranges
 from dtr.errors import StateCorrupt
 
-__all__ = ["agreed_batch", "cut_at", "handed_out"]
-
-
-def agreed_batch(last: Mapping[int, int]) -> int:
-    """The batch through which every survivor consumed: the least of their last ones; -1: none."""
-    return min(last.values(), default=-1)
+__all__ = ["cut_at", "handed_out"]
 
 
 def cut_at(name: str, base: Dynamic, ledger: Mapping[str, str], done: bytes, through: int) -> Dynamic:
@@ -31,7 +25,7 @@ def cut_at(name: str, base: Dynamic, ledger: Mapping[str, str], done: bytes, thr
 
     Args:
         name: of the data set, for messages.
-        base: where the ended run began in this epoch.
+        base: where the run began in this epoch.
         ledger: the fields of its hash.
         done: its bitmap of shards that were consumed whole.
         through: the last batch that counts.
