@@ -13,6 +13,7 @@ import numpy as np
 from dtr.checkpoint import parts
 from dtr.checkpoint.delta.chunks import is_recipe
 from dtr.checkpoint.delta.collection import CONDEMNED
+from dtr.checkpoint.delta.damage import DAMAGED
 from dtr.checkpoint.delta.source import ChunkSource, recipe_of
 from dtr.checkpoint.format.replication import Shares
 from dtr.checkpoint.format.structure import Structures
@@ -85,7 +86,7 @@ class Chunked(Training):
 
     def chunks(self) -> set[str]:
         """The chunks in the store."""
-        return {key for key in self.store.list("chunks") if not key.startswith(CONDEMNED)}
+        return {key for key in self.store.list("chunks") if not key.startswith((CONDEMNED, DAMAGED))}
 
     def named(self, step: int) -> set[str]:
         """The chunks that a commit names."""
@@ -96,6 +97,9 @@ class Chunked(Training):
 
     def condemned(self) -> list[str]:
         return list(self.store.list(CONDEMNED))
+
+    def damaged(self) -> list[str]:
+        return list(self.store.list(DAMAGED))
 
     def retire(self, step: int) -> None:
         """What retention does to a checkpoint when the readers' grace has passed, without what keeps the newest from it."""

@@ -13,6 +13,7 @@ from dtr.checkpoint.keeping.collect import Scene
 from dtr.checkpoint.keeping.orphans import Orphan
 from dtr.checkpoint.keeping.retention import Policy
 from dtr.checkpoint.lineage import Checkpoint
+from dtr.config import Settings
 from dtr.errors import CheckpointError, CoordinatorUnavailable, InvalidInput
 from dtr.state.job import JobState
 from dtr.store import Store
@@ -69,7 +70,7 @@ class PinView:
 
 
 def gc(sources: Sources, *, rules: dict[str, Any], dry_run: bool, orphans: bool) -> CollectionView:
-    """Apply retention now, with ``rules`` in the place of those that the newest run was started with.
+    """Apply retention now, with ``rules`` in the place of those that the newest run was started with, or of the settings' after a rebuild.
 
     Raises:
         CoordinatorUnavailable, StoreUnavailable.
@@ -99,9 +100,9 @@ def gc(sources: Sources, *, rules: dict[str, Any], dry_run: bool, orphans: bool)
 def remove(sources: Sources, names: Sequence[Checkpoint], *, grace_ms: int | None) -> RemovalView:
     """Retire these commits; see ``collect.remove``."""
     state, store = _both(sources)
-    policy = None
+    policy = _scene(state, store).policy
     if grace_ms is not None:
-        policy = replace(_scene(state, store).policy, grace_ms=grace_ms)
+        policy = replace(policy, grace_ms=grace_ms)
     done = collector.remove(store, state, names, policy=policy)
     fates = tuple(
         Fate(run=one.run, step=one.step, act=one.act, why=one.why, left_s=round(one.left_s, 1) if one.left_s else None) for one in done
@@ -132,7 +133,8 @@ def _both(sources: Sources) -> tuple[JobState, Store]:
 
 
 def _scene(state: JobState, store: Store) -> Scene:
-    found = collector.look(state, store)
+    """What a person's command decides by; where Redis lost the rules of the newest run, by those of the settings."""
+    found = collector.look(state, store, default=Policy.of_settings(Settings.load()))
     if isinstance(found, str):
         raise CheckpointError(f"nothing can be collected now: {found}")
     return found

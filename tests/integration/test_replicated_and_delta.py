@@ -89,6 +89,18 @@ class TestReplicated:
             assert all("must be alike on all ranks" in str(error) for error in errors)
             assert job.ranks[0].manager.latest() is None
 
+    def test_ranks_whose_values_differ(self, settings: Settings, store: Path, uploads: Uploads) -> None:
+        """Common tensors that nobody made alike: no checkpoint, and the reason names the first; once they are alike, the next commits."""
+        with running(settings, store, 2) as job:
+            states = [{"opt": {"lr": np.ones(3), "m": np.full(1000, rank), "v": np.full(10, rank)}, "own": rank} for rank in range(2)]
+            handles = job.each(lambda rank: rank.manager.save_async(states[rank.rank], 1, replicated="opt/*"))
+            errors = [handle.durable.exception(WITHIN_S) for handle in handles]
+            assert {type(error) for error in errors} == {CheckpointAborted, CheckpointConflict}
+            assert all("begun with replicated opt/m of other values than rank" in str(error) for error in errors)
+            states[1]["opt"] = states[0]["opt"]
+            handles = job.each(lambda rank: rank.manager.save_async(states[rank.rank], 2, replicated="opt/*"))
+            assert [handle.durable.result(WITHIN_S).step for handle in handles] == [2, 2]
+
     def test_wrong_arguments(self, settings: Settings, store: Path, uploads: Uploads) -> None:
         """No pattern, or one that selects nothing, names the argument; the others are told, and the next save works."""
         with running(settings, store, 1) as job:

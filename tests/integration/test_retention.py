@@ -15,16 +15,19 @@ from typing import Any
 
 import pytest
 
+from dtr.checkpoint import records
 from dtr.checkpoint.keeping import pins
-from dtr.checkpoint.keeping.collect import Collected, collect, look, remove
+from dtr.checkpoint.keeping.collect import Collected, Scene, collect, look, remove
+from dtr.checkpoint.keeping.rebuild import rebuild
 from dtr.checkpoint.keeping.retention import Policy
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.restoring.source import PieceSource
-from dtr.checkpoint.survey import read_manifest
+from dtr.checkpoint.survey import manifest_key, pin_key, read_manifest
 from dtr.checkpoint.uploading.reconcile import Reconciler
 from dtr.checkpoint.uploading.upload import Limits, Uploader
 from dtr.config import Settings
 from dtr.errors import CheckpointProtected, NoCheckpoint, RestoreFailed
+from dtr.membership import open_state
 from dtr.state.job import JobState
 from dtr.store import Store, open_store
 from tests.ranks import running
@@ -117,7 +120,9 @@ def test_readers_keep_their_time(here: Settings, folder: Path, state: JobState) 
 COLLECT = """
 import sys
 from dtr.checkpoint.keeping.collect import collect
+from dtr.checkpoint.keeping.rebuild import rebuild
 from dtr.checkpoint.keeping.retention import Policy
+from dtr.membership import open_state
 from dtr.state.job import JobState
 from dtr.store import open_store
 url, job, folder = sys.argv[1:]
@@ -125,10 +130,10 @@ print(collect(open_store(folder).child(job), JobState(url, job), policy=Policy(k
 """
 
 
-def collector(settings: Settings, folder: Path, fault: str) -> subprocess.Popen[str]:
+def collector(settings: Settings, folder: Path, fault: str, *, text: str = COLLECT) -> subprocess.Popen[str]:
     """A collector in a process of its own, with a fault on its way."""
     env = {**os.environ, "DTR_TESTING": "1", "DTR_FAILPOINT": fault}
-    command = [sys.executable, "-c", COLLECT, settings.redis_url, settings.job, str(folder)]
+    command = [sys.executable, "-c", text, settings.redis_url, settings.job, str(folder)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -151,6 +156,42 @@ def test_a_collector_killed_anywhere_is_succeeded(here: Settings, folder: Path, 
         assert not list(folder.glob("*/runs/*/*/retiring.json"))
         assert state.redis.zcard(state.keys.ckpts) == 3
         assert job.restore()[0].step == 9
+
+
+SWEEP = """
+import sys
+from dtr.checkpoint.keeping.collect import look
+from dtr.checkpoint.keeping.orphans import sweep
+from dtr.checkpoint.keeping.retention import Policy
+from dtr.state.job import JobState
+from dtr.store import open_store
+url, job, folder = sys.argv[1:]
+store, state = open_store(folder).child(job), JobState(url, job)
+print(sweep(store, state, look(state, store, Policy(grace_ms=0))))
+"""
+
+
+def test_a_sweep_killed_anywhere_is_succeeded(here: Settings, folder: Path, state: JobState) -> None:
+    """Killed after its abort record and after each deletion: the commits stay whole, and its successor deletes the rest, nothing else."""
+    store = store_of(folder, here)
+    run = next(path.name for path in folder.glob("*/runs/*") if path.is_dir())
+    with running(here, folder, 1) as job:
+        assert job.restore(step=2)[0].step == 2
+        left, before = manifest_key(run, 40), set(store.list())
+        strays = [f"{left.rpartition('/')[0]}/part-0000{n}-{'0' * 12}-dead.safetensors" for n in range(3)]
+        for key in strays:
+            store.put(key, b"x")
+        for point, gone in (("after_abort", 0), ("mid_delete", 1), ("mid_delete", 2)):
+            child = collector(here, folder, f"orphans.{point}=kill", text=SWEEP)
+            assert (child.communicate(timeout=60), child.returncode)[1] == -signal.SIGKILL, point
+            assert before | {left} <= set(store.list())
+            assert len(set(store.list()) & set(strays)) == len(strays) - gone
+        assert read_manifest(store, run, 40).decision == "abort"
+        with CheckpointManager(folder, settings=here) as reader:
+            assert [reader.verify(run, step).parts for step in range(4)] == [1] * 4
+        child = collector(here, folder, "", text=SWEEP)
+        assert (child.communicate(timeout=60), child.returncode)[1] == 0
+        assert set(store.list()) == before | {left}
 
 
 def wipe(state: JobState) -> None:
@@ -209,6 +250,56 @@ def test_a_pin_outlives_redis(here: Settings, folder: Path, state: JobState) -> 
         assert not pins.unpin(state, store, run, 0)
         collect(store, state)
         assert objects(folder) == [2, 3]
+
+
+def test_a_pin_that_redis_lost_keeps_to_the_last(here: Settings, folder: Path, state: JobState) -> None:
+    """The collector has asked Redis for the last time when it learns of the pin from the store: the commit stays, and Redis hears of it."""
+    store = store_of(folder, here)
+    run = next(path.name for path in folder.glob("*/runs/*") if path.is_dir())
+    child = collector(here, folder, "retention.before_tombstone=stop@" + str(folder / "once"))
+    eventually(lambda: is_stopped(child.pid), what="a collector that sleeps")
+    store.put(pin_key(run, 0), records.encode({"run": run, "step": 0, "note": "for the paper", "pinned_at": 1}))
+    os.kill(child.pid, signal.SIGCONT)
+    out, err = child.communicate(timeout=60)
+    assert "why='pinned'" in out, err
+    assert listing(folder, here) == {3: "COMMITTED", 2: "COMMITTED", 1: "RETIRED", 0: "COMMITTED"}
+    assert state.redis.hmget(state.keys.ckpt(run, 0), ["pinned", "retired_at"]) == ["for the paper", None]
+    assert not list(folder.glob("*/runs/*/*/retiring.json"))
+
+
+def test_what_late_uploaders_left_goes_with_its_step(here: Settings, folder: Path, state: JobState) -> None:
+    """A recipe that no manifest names would keep its chunks for ever: it goes when its step is retired, and what is not ours stays."""
+    store = store_of(folder, here)
+    run = next(path.name for path in folder.glob("*/runs/*") if path.is_dir())
+    step = manifest_key(run, 0).rpartition("/")[0]
+    store.put(f"{step}/part-00000-{'0' * 12}-dead-beef.chunks.json", b"a late one")
+    store.put(f"{step}/notes.txt", b"a person's")
+    collect(store, state, policy=Policy(keep_last=2, grace_ms=0))
+    assert objects(folder) == [2, 3]
+    assert list(store.list(step)) == [manifest_key(run, 0), f"{step}/notes.txt"]
+
+
+def test_a_rebuilt_index_is_enough_to_let_go(here: Settings, folder: Path, state: JobState) -> None:
+    """Before any trainer starts, for a person: an uploader knows no rules, for those of the run went with Redis, and lets nothing go."""
+    store = store_of(folder, here)
+    run = next(path.name for path in folder.glob("*/runs/*") if path.is_dir())
+    wipe(state)
+    open_state(state)
+    assert look(state, store) == "no run of this job has begun since Redis was filled: the rules come with the next run"
+    rebuild(state, f"file://{folder}")
+    assert state.redis.hget(state.keys.meta, "last_run") == run
+    assert look(state, store) == f"the rules of run {run} went with what Redis lost: they come with the next run"
+    assert collect(store, state) == Collected()
+    assert isinstance(look(state, store, default=Policy(keep_last=2)), Scene)
+    with pytest.raises(CheckpointProtected, match="newest"):
+        remove(store, state, [(run, 3)], policy=Policy(grace_ms=0))
+    assert remove(store, state, [(run, 0)], policy=Policy(grace_ms=0))[0].act == "deleted"
+    assert [(one.step, one.act) for one in collect(store, state, policy=Policy(keep_last=2, grace_ms=0)).done] == [(1, "deleted")]
+    with running(here, folder, 1) as job:
+        assert job.restore()[0].step == 3
+        newer = state.redis.hget(state.keys.meta, "last_run")
+        rebuild(state, f"file://{folder}")
+        assert state.redis.hget(state.keys.meta, "last_run") == newer != run
 
 
 def test_a_pin_killed_half_way_keeps(here: Settings, folder: Path, state: JobState, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ import pytest
 from dtr.checkpoint import checksum
 from dtr.checkpoint.delta.carrying import hashed
 from dtr.checkpoint.delta.chunks import Chunk, Recipe, cut, digest_of
+from dtr.checkpoint.delta.damage import note_damage
 from dtr.checkpoint.delta.source import ChunkSource
 from dtr.checkpoint.format import tensors
 from dtr.checkpoint.format.paths import Patterns
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.restoring.fetch import read_state
-from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, ManifestInvalid
+from dtr.errors import ChecksumMismatch, IntegrityError, InvalidInput, ManifestInvalid, StoreRefused
 from dtr.store import open_store
 from dtr.store.local import LocalStore
 from tests import chunked
@@ -274,3 +276,14 @@ class TestReading:
                 ChunkSource(store, wrong).check()
         with pytest.raises(ChecksumMismatch):
             ChunkSource(store, replace(facts, checksum="crc64nvme:" + "0" * 16)).read_into(bytearray(1))
+
+
+def test_a_reader_that_may_not_write(caplog: pytest.LogCaptureFixture) -> None:
+    """It cannot put on record that a chunk is damaged, says so, and goes on to tell its caller what it found."""
+
+    def put(key: str, data: bytes) -> None:
+        raise StoreRefused(f"cannot write {key}")
+
+    readonly: Any = SimpleNamespace(put=put)
+    note_damage(readonly, f"chunks/ab/{'ab' * 32}-00000000")
+    assert f"cannot write chunks/damaged/{'ab' * 32}-00000000" in caplog.text

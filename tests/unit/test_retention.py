@@ -71,10 +71,21 @@ def test_without_a_rule_all_stay_but_what_was_begun_is_finished() -> None:
 
 def test_what_the_lineage_left_goes_once_something_is_safe() -> None:
     """A branch that can never be restored is not kept, but nothing goes while nothing is committed."""
-    left = indexed("0003-c", 80, "ABANDONED")
-    assert decide([left], keep_last=3).retire == ()
-    assert decide([left, indexed("0004-d", 60)], keep_last=3).retire == (("0003-c", 80),)
-    assert decide([left, indexed("0004-d", 60)]).retire == (), "and without any rule it stays as well"
+    left = indexed("0003-c", 80, "ABANDONED", at=5)
+    assert decide([left], keep_every=30).retire == ()
+    assert decide([left, *row(60, at=9)], keep_every=30).retire == (("0003-c", 80),)
+    assert decide([left, *row(60, at=9)]).retire == (), "and without any rule it stays as well"
+
+
+def test_what_the_lineage_left_has_the_time_of_so_many_commits() -> None:
+    """A restore that fell back too far is found out: as many commits as are kept must have been begun since; older ones do not count."""
+    left, before = [indexed("0003-c", 80, "ABANDONED", at=5), indexed("0003-c", 70, "ABANDONED", at=4)], [indexed("0002-b", 50, at=3)]
+    newer = [indexed("0004-d", 51 + n, at=6 + n) for n in range(3)]
+    for count in range(3):
+        found = decide([*left, *before, *newer[:count]], keep_last=3)
+        assert [one.why for one in found.keep if one.run == "0003-c"] == [("left behind lately",)] * 2
+    assert decide([*left, *before, *newer], keep_last=3).retire == (("0002-b", 50), ("0003-c", 70), ("0003-c", 80))
+    assert decide([*left, *newer[:1]], keep_last=1).retire == (("0003-c", 70), ("0003-c", 80))
 
 
 def test_open_and_fresh_aborts_are_left_alone() -> None:
@@ -122,7 +133,7 @@ def test_the_young_stay() -> None:
 
 def test_pins_stay_on_and_off_the_lineage() -> None:
     """A pin keeps what no rule would, with its note as the reason."""
-    given = [*row(1, 2, 3), indexed("0003-c", 80, "ABANDONED", pinned="for the paper"), indexed("0002-b", 9, pinned="-")]
+    given = [*row(1, 2, 3, at=1), indexed("0003-c", 80, "ABANDONED", pinned="for the paper"), indexed("0002-b", 9, pinned="-")]
     found = decide(given, keep_last=1)
     assert [(one.step, one.why) for one in found.keep if one.step in (80, 9)] == [(9, ("pinned",)), (80, ("pinned: for the paper",))]
     assert found.retire == (("0004-d", 1), ("0004-d", 2))

@@ -3,12 +3,15 @@
     hash       every chunk of the staged part
     intent     put the recipe, before any chunk is looked for: from now on a collector sees what this part needs
     condemned  read what collectors are about to delete; of that nothing is used again
-    look       is the commit that lent chunks still one? and are those there that a killed upload of this part left?
+    look       is each chunk that is used again there, in full, and on no record as damaged? That a commit names it does not say so
     send       the chunks that are new, or that the look took away, under this upload's own names
 
 Where the answers take away what the recipe names, another recipe is put, and both questions are asked again. Killed anywhere, the next
 upload of the part finds the recipes that were put for it, and sends only the chunks that are not there yet; what belongs to no decided
 recipe is collected. Why no collector ever deletes a chunk that a commit names: see :mod:`dtr.checkpoint.delta.collection`.
+
+A chunk that a commit names is durable, and so is the next commit's: its upload wrote it and saw that through, took it from the commit
+before, or took it from a killed upload of the same part and made it durable first.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +31,11 @@ from dtr.checkpoint import checksum
 from dtr.checkpoint.delta import payoff as delta_payoff
 from dtr.checkpoint.delta.chunks import SUFFIX, Chunk, Range, Recipe, cut, digest_of, is_recipe, read_recipe
 from dtr.checkpoint.delta.collection import condemned
+from dtr.checkpoint.delta.damage import damaged
 from dtr.checkpoint.delta.source import recipe_of
 from dtr.checkpoint.format.tensors import Header, read_header
 from dtr.checkpoint.lineage import Checkpoint, split_name
 from dtr.checkpoint.manifest import PartFacts
-from dtr.checkpoint.restoring.candidates import name_of
 from dtr.checkpoint.staging.slots import Reading, SlotRecord
 from dtr.checkpoint.survey import read_manifest
 from dtr.checkpoint.uploading.commit import folder_key
@@ -178,21 +181,32 @@ def _left_behind(store: Store, record: SlotRecord) -> Base:
             continue
         if recipe.save == record.save:
             named |= {chunk.key: chunk for chunk in recipe.chunks}
-    found = _present(store, list(named.values()))
+    found = _those(named.values(), lambda chunk: _is_there(store, chunk) and _is_durable(store, chunk))
     return Base(nonces={chunk.hash: chunk.nonce for chunk in found})
 
 
-def _present(store: Store, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Those of ``chunks`` that the store holds in full."""
-
-    def look(chunk: Chunk) -> bool:
-        try:
-            return store.size(chunk.key) == chunk.size_bytes
-        except NotFound:
-            return False
-
+def _those(chunks: Iterable[Chunk], question: Callable[[Chunk], bool]) -> list[Chunk]:
+    """Those of ``chunks`` for which the answer, each a round trip or two, is yes."""
+    asked = list(chunks)
     with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="dtr-look") as pool:
-        return [chunk for chunk, there in zip(chunks, pool.map(look, chunks), strict=True) if there]
+        return [chunk for chunk, answer in zip(asked, pool.map(question, asked), strict=True) if answer]
+
+
+def _is_there(store: Store, chunk: Chunk) -> bool:
+    """Whether the store holds a chunk in full."""
+    try:
+        return store.size(chunk.key) == chunk.size_bytes
+    except NotFound:
+        return False
+
+
+def _is_durable(store: Store, chunk: Chunk) -> bool:
+    """Whether a chunk that is there outlives a power cut: it does once it keeps another from its name, whatever its writer came to."""
+    try:
+        store.put(chunk.key, b"", if_absent=True)
+    except AlreadyExists:
+        return True
+    return False  # it went meanwhile. What has its name now is too short for anyone to use, and is collected
 
 
 # --- intent and look ------------------------------------------------------------------------------------------------
@@ -214,10 +228,10 @@ def _intend(
         reused = [chunk for chunk in recipe.chunks if chunk.nonce != own]
         gone = _condemned(store, reused)
         failpoint("delta.after_condemned")
-        gone |= _gone(store, reused, base)
+        gone |= _gone(store, reused)
         if not gone:
             return recipe, key
-        log.info("%d chunks that %s would use again are about to go, and are stored anew", len(gone), key)
+        log.info("%d chunks that %s would use again are damaged, gone or about to go, and are stored anew", len(gone), key)
         taken |= gone
 
 
@@ -252,22 +266,11 @@ def _condemned(store: Store, reused: Sequence[Chunk]) -> set[str]:
         return keys
 
 
-def _gone(store: Store, reused: Sequence[Chunk], base: Base) -> set[str]:
-    """Keys that cannot be relied on. What a commit names is there if it is still a commit now, after the intent was put."""
-    lent = set(base.nonces.items()) if reused and _stands(store, base) else set()
-    doubtful = [chunk for chunk in reused if (chunk.hash, chunk.nonce) not in lent]
-    return {chunk.key for chunk in doubtful} - {chunk.key for chunk in _present(store, doubtful)}
-
-
-def _stands(store: Store, base: Base) -> bool:
-    """Whether what lent its chunks is a commit still, so that its recipe is in the store."""
-    if base.commit is None:
-        return False
-    try:
-        return read_manifest(store, *base.commit).decision == "commit"
-    except (NotFound, IntegrityError) as exc:
-        log.info("nothing is taken for granted of %s: %s", name_of(*base.commit), exc)
-        return False
+def _gone(store: Store, reused: Sequence[Chunk]) -> set[str]:
+    """Keys that cannot be relied on. Looked for after the intent was put, and after the condemned were read, and not before."""
+    keys = {chunk.key for chunk in reused}
+    there = {chunk.key for chunk in _those(reused, lambda chunk: _is_there(store, chunk))}
+    return keys - there | keys & damaged(store) if keys else keys
 
 
 # --- send -----------------------------------------------------------------------------------------------------------

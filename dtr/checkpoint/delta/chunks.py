@@ -2,6 +2,7 @@
 
     chunks/HH/HASH-NONCE                      a chunk; HASH is its BLAKE3 and HH begins that, NONCE is of the upload that wrote it
     chunks/condemned/ID.json                  what one collector is about to delete: see :mod:`dtr.checkpoint.delta.collection`
+    chunks/damaged/HASH-NONCE                 that chunk was found to be wrong: see :mod:`dtr.checkpoint.delta.damage`
     runs/RUN/STEP/part-...-NONCE-X.chunks.json   a recipe: the part's header, and where each range of its file is
 
 The recipe of a part is the object that its manifest names. Chunks are cut along tensors, so that a tensor which did not change gives the

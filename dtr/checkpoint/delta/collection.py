@@ -3,19 +3,17 @@
     collector                                     uploader (:mod:`dtr.checkpoint.delta.carrying`)
     list   the chunks, then read every recipe     intent     put the recipe
     W      put condemned/ID.json: what no         C          read every condemned list; of these nothing is used
-           recipe named                           V          what lent chunks is still a commit, or else the chunk is there
+           recipe named                           V          look for each chunk that is used again
     L      read every recipe again                send       new chunks, under names of this upload alone
     D      delete what still none names
     R      remove condemned/ID.json
 
 Recipes of undecided checkpoints count like any other; they go with the checkpoint's decision or its retirement, and only then.
 
-No chunk X that a standing recipe names is ever deleted. Suppose a collector K deletes X, and take the recipes that name X in the order
-in which they came by it: the first one's upload wrote X, each later one found X in the one before. K listed X before W, so the recipe
-of its writer was put before L. Let r be the first of these recipes whose intent was put after L began, and q the one before it: q was
-put before L. If r's uploader read the lists (C) before R, it saw X on K's list, since W came before L and L before r's intent, and did
-not use X. If it read them after R, then V came after R: either q stood then, so q stood all through L, and K saw that q names X; or X was
-looked for after D, and was not there. So there is no such r: whoever names X did so before L, K saw it, and did not delete X.
+No chunk X that a standing recipe names is ever deleted. Suppose a collector K deletes X. K listed X before W, so the recipe of X's
+writer was put before L. Let r be the first recipe that names X and whose intent was put after L began; its upload used X again. If it
+read the lists (C) before R, it saw X on K's list, since W came before L and L before r's intent, and did not use X. If it read them after
+R, then V came after D, and X was not there. So there is no such r: whoever names X did so before L, K saw it, and did not delete X.
 
 A list whose collector died is worked off by the next one, as if it were its own; but it is removed only when none of its chunks exists
 any more. Until then the dead one may only sleep: what it condemned is never used again, and is stored anew where it is needed. No name
@@ -33,6 +31,7 @@ from typing import Final
 
 from dtr.checkpoint import records
 from dtr.checkpoint.delta.chunks import FOLDER, is_recipe, read_recipe
+from dtr.checkpoint.delta.damage import damaged, forget_damage
 from dtr.checkpoint.survey import in_parallel
 from dtr.errors import ManifestInvalid, NotFound
 from dtr.failpoints import failpoint
@@ -75,12 +74,13 @@ def collect_chunks(store: Store, *, dry_run: bool = False) -> Swept:
         StoreUnavailable: the rest is done at the next call.
     """
     others = _lists(store)  # first: what is on them and not found below is gone
+    wrong = damaged(store)  # before the chunks as well
     there = frozenset(key for key in store.list(FOLDER) if _CHUNK.fullmatch(key))
-    if not there and not others:
+    if not there and not others and not wrong:
         return Swept(kept=0, deleted=())
     known: dict[str, frozenset[str]] = {}
     wanted = there - _named(store, known)
-    if not wanted and not others:
+    if not wanted and not others and wrong <= there:
         return Swept(kept=len(there), deleted=())
     if dry_run:
         return Swept(kept=len(there) - len(wanted), deleted=tuple(sorted(wanted)))
@@ -98,6 +98,7 @@ def collect_chunks(store: Store, *, dry_run: bool = False) -> Swept:
         store.delete(own)
     failpoint("chunks.before_forget")
     _remove_finished(store, others, there - set(doomed))
+    forget_damage(store, wrong - (there - set(doomed)))
     if doomed:
         log.info("%s: %d of %d chunks belonged to no checkpoint any more, and are deleted", store.url, len(doomed), len(there))
     return Swept(kept=len(there) - len(doomed), deleted=tuple(doomed))

@@ -11,6 +11,7 @@ from typing import Final
 
 from dtr.checkpoint import checksum
 from dtr.checkpoint.delta.chunks import CHUNK_BYTES, Chunk, Recipe
+from dtr.checkpoint.delta.damage import note_damage
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.patience import patiently
 from dtr.checkpoint.restoring.contract import Where
@@ -47,7 +48,7 @@ def recipe_of(store: Store, facts: PartFacts) -> Recipe:
 
 
 class ChunkSource:
-    """See :class:`dtr.checkpoint.restoring.source.Source`. The recipe is read at the first read.
+    """See :class:`dtr.checkpoint.restoring.source.Source`. The recipe is read at the first read; a wrong chunk is put on record.
 
     Args:
         store: of the job.
@@ -183,6 +184,7 @@ class ChunkSource:
         if count != len(view):
             raise IntegrityError(f"{chunk.key} ended after {count} of {len(view)} bytes")
         if (crc := checksum.crc_of(view)) != chunk.crc:
+            note_damage(self._store, chunk.key)
             raise ChecksumMismatch(f"{chunk.key} has checksum {checksum.text_of(crc)}, the recipe says {checksum.text_of(chunk.crc)}")
 
 

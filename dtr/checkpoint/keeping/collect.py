@@ -3,8 +3,9 @@
     retire      Redis: refused for the newest commit, a pinned one, what the newest run continues, and while that is being chosen
     retiring    store: retiring.json, so that whoever fills an index from now on has it as retired too
     retire      Redis, once more: it is still the same state, and it still says so
+    pinned?     store, once more: a pin that Redis has lost since counts
     tombstone   store: replaces the manifest; nobody starts reading it any more, and nothing makes it a commit again
-    delete      the objects, once the grace of readers under way has passed since the tombstone was written
+    delete      the objects, those of late uploaders too, once the grace of readers under way has passed since the tombstone was written
     forget      Redis: the checkpoint leaves the index; the tombstone stays, so that nothing late can revive it
 
 Each step is decided by what the one before it left behind, so a collector may die anywhere, sleep for an hour, or run twice at once.
@@ -83,13 +84,14 @@ class Collected:
     journals: int = 0
 
 
-def look(state: JobState, store: Store, policy: Policy | None = None) -> Scene | str:
+def look(state: JobState, store: Store, policy: Policy | None = None, *, default: Policy | None = None) -> Scene | str:
     """What there is to decide by; or why nothing can be decided now.
 
     Args:
         state: the job.
         store: of the job (the folder of the job in the store).
         policy: the rules; default: those that the newest run was started with.
+        default: the rules of a run whose own went with Redis; None: nothing is decided by others, which might keep less.
     """
     keys = state.keys
     with translate(state.url):
@@ -103,13 +105,15 @@ def look(state: JobState, store: Store, policy: Policy | None = None) -> Scene |
         return f"run {last_run} has not yet fixed what it continues: it neither restored nor saved; retention waits for a run that does"
     if open_store(run["store"]).child(state.job).url != store.url:
         return f"the newest run lives in another store: {run['store']}"
+    if policy is None and default is None and not run.get("keep_last"):
+        return f"the rules of run {last_run} went with what Redis lost: they come with the next run"
     protected = {}
     if (newest := split_name(latest or "")) is not None:
         protected[newest] = "newest"
     if run.get("base_run") and (base := split_name(f"{run['base_run']}/{run.get('base_step')}")) is not None:
         protected[base] = f"run {last_run} continues it"
     lineage, _ = lineage_in_index(state)
-    chosen = policy or Policy.of_run(run, Policy.of_settings(Settings.load()), keys.run(last_run))
+    chosen = policy or Policy.of_run(run, default or Policy.of_settings(Settings.load()), keys.run(last_run))
     return Scene(
         state_id=state_id, last_run=last_run, store_url=run["store"], policy=chosen, lineage=lineage, protected=protected,
         now_ms=state.server_now_ms(),
@@ -239,13 +243,20 @@ def _retire(store: Store, state: JobState, scene: Scene, run: str, step: int, *,
     left_ms = 0 if manifest is None else manifest.created_at + scene.policy.grace_ms - state.server_now_ms()
     if left_ms > 0:
         return Done(run=run, step=step, act="retired", why=reason, left_s=left_ms / 1000)
-    for part in manifest.parts if manifest is not None else ():
-        store.delete(part.object)
+    for key in _objects(store, manifest) if manifest is not None else ():
+        store.delete(key)
         failpoint("retention.mid_delete")
     store.delete(retiring_key(run, step))
     failpoint("retention.before_forget")
     _forget(state, run, step)
     return Done(run=run, step=step, act="deleted", why=reason)
+
+
+def _objects(store: Store, manifest: Manifest) -> list[str]:
+    """What a retired checkpoint has in the store: what its manifest names, and what late uploaders put beside that."""
+    folder = manifest_key(manifest.run, manifest.step).rpartition("/")[0]
+    beside = {key for key in store.list(folder) if key.startswith(f"{folder}/part-")}
+    return sorted(beside | {part.object for part in manifest.parts})
 
 
 def _refused(state: JobState, scene: Scene, run: str, step: int, reason: str) -> str:
@@ -273,6 +284,10 @@ def _tombstone(store: Store, state: JobState, scene: Scene, manifest: Manifest, 
         log.warning("run %s step %d stays after all: %s", run, step, why)
         return why
     failpoint("retention.before_tombstone")
+    if pins.is_pinned(store, run, step):
+        pins.spare(state, store, run, step)
+        store.delete(retiring_key(run, step))
+        return "pinned"
     tombstone = replace(manifest, decision="tombstone", created_at=state.server_now_ms(), reason=reason)
     store.put(manifest_key(run, step), tombstone.encode())
     failpoint("retention.after_tombstone")

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from redis.client import Pipeline
+
 from dtr.checkpoint.keeping.pins import read_pins
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, head_of
 from dtr.checkpoint.manifest import Manifest, RunRecord
@@ -115,6 +117,7 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     newest = next(iter(lineage.newest_first(commits)), None)
     if lineage.head:
         _index_lineage(state, state_id, lineage, links, url, newest)
+        _index_last_run(state, state_id, lineage.head)
     # Aborts older than the newest commit concern nobody any more: the store keeps them, the index need not.
     after = commits if newest is None else [*commits, *(c for c, m in manifests.items() if m.decision == "abort" and c[1] > newest[1])]
     for name in sorted(after, key=lambda c: (c[1], c[0])):
@@ -173,6 +176,19 @@ def _index_lineage(
         [state.keys.meta, state.keys.lineage, state.keys.events],
         [state_id, there.head, lineage.head, f"{newest[0]}/{newest[1]}" if newest else "", *ancestors],
     )
+
+
+def _index_last_run(state: JobState, state_id: str, head: str) -> None:
+    """Until a run forms, the one that goes on is the last: a person may let commits go before that, and what it continues is spared."""
+
+    def fill(pipe: Pipeline) -> None:
+        found, run, last_run = pipe.hmget(state.keys.meta, ["state_id", "run", "last_run"])
+        pipe.multi()
+        if found == state_id and not run and not (last_run and run_number(str(last_run)) >= run_number(head)):
+            pipe.hset(state.keys.meta, "last_run", head)
+
+    with translate(state.url):
+        state.redis.transaction(fill, state.keys.meta)
 
 
 def _index_checkpoint(state: JobState, state_id: str, manifest: Manifest, url: str, *, pinned: str, retiring: bool) -> str:

@@ -9,8 +9,8 @@ A commit stays if any of these says so:
     keep_best  rules     ``loss:min:3``: the 3 of the lineage with the lowest loss; equal ones: the newer
     keep_for_s t         those of the lineage that were begun less than t ago, by the server's clock
 
-Without any rule everything stays. What the lineage left behind can never be restored by the job, so it goes as soon as something newer
-is safe, unless it is pinned.
+Without any rule everything stays. What the lineage left behind can never be restored by the job, so it goes, unless it is pinned, once the
+lineage has a commit and, with keep_last n, n that were begun after it: until then people may find that the job went on from too early.
 """
 
 from __future__ import annotations
@@ -140,6 +140,9 @@ def _reasons(standing: Mapping[Checkpoint, Indexed], on: list[Checkpoint], polic
             yield name, "pinned" if one.pinned == "-" else f"pinned: {one.pinned}"
     for name in on[: policy.keep_last]:
         yield name, f"one of the last {policy.keep_last}"
+    for name in standing.keys() - set(on):
+        if sum(standing[one].created_at_ms > standing[name].created_at_ms for one in on) < policy.keep_last:
+            yield name, "left behind lately"
     if policy.keep_every:
         firsts = {name[1] // policy.keep_every: name for name in sorted(on, key=_by_step, reverse=True)}
         for name in firsts.values():
