@@ -27,8 +27,8 @@ FORMAT: Final = "dtr-checkpoint"
 VERSION: Final = 1
 _FILE: Final = re.compile(r"rank-(\d{5,7})\.safetensors", re.ASCII)
 READ_ME: Final = (
-    "Each rank-N.safetensors opens with any safetensors library (safetensors.numpy.load_file, or safetensors.torch where a dtype is bfloat16 "
-    "or float8, which numpy lacks); what safetensors has no dtype for is there as bytes. Tensors are named by their paths in the "
+    "Each rank-N.safetensors opens with any safetensors library (safetensors.numpy.load_file, or safetensors.torch for bfloat16 "
+    "and float8, which numpy lacks); what safetensors has no dtype for is there as bytes. Tensors are named by their paths in the "
     "state. rank-N.tree.json has the structure and the values that are no tensors, as the tree module of dtr describes. Where "
     "'replicated' is 'some', the rows of a common tensor are spread over the ranks: the metadata entry 'dtr_replicated' of each file "
     "says which."
