@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from statistics import median_low
+from statistics import median, median_low
 from typing import Final
 
 from dtr.errors import StateCorrupt
@@ -43,7 +43,7 @@ def settled(before: Mapping[str, float], speeds: Mapping[str, float], members: C
             found = min(max(scale * speeds[worker], middle / MOST), middle * MOST)
             stands = before.get(worker, 1.0)
             weights[worker] = stands if 1 / BAND <= found / stands <= BAND else float(f"{found:.3g}")
-    usual = median_low(weights.values()) if weights else 1.0
+    usual = float(f"{median(weights.values()):.3g}") if weights else 1.0  # of two, between them: as likely near the one as the other
     return {worker: weights.get(worker, usual) for worker in sorted(members)}
 
 

@@ -8,6 +8,7 @@ import rich_click as click
 
 from dtr.cli.data_history import replay, skip, which
 from dtr.cli.data_progress import progress, show_one
+from dtr.cli.data_release import release
 from dtr.cli.options import job_state, reading_options, target
 from dtr.cli.screen import Screen, show
 from dtr.cli.sentences import moment
@@ -38,7 +39,7 @@ def data() -> None:
     """
 
 
-for _command in (show_one, progress, which, replay, skip):
+for _command in (show_one, progress, which, replay, skip, release):
     data.add_command(_command)
 
 

@@ -44,7 +44,7 @@ def _entry(name: str, panel: str, about: str, module: str | None = None, below: 
 
 
 _CKPT: Final = ("ls", "show", "verify", "log", "plan", "watch", "gc", "rm", "pin", "unpin", "export", "import", "diff")
-_DATA: Final = ("ls", "show", "progress", "which", "replay", "skip")
+_DATA: Final = ("ls", "show", "progress", "which", "replay", "skip", "release")
 COMMANDS: Final[dict[str, Entry]] = dict(
     [
         _entry("status", "Look", "Is the job well, and if not, why."),

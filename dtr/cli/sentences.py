@@ -26,7 +26,7 @@ _RED: Final = frozenset(
     }
 )
 _YELLOW: Final = frozenset({"departed", "ckpt_abandoned", "samples_skipped", "state_created"})
-_GREEN: Final = frozenset({"run_formed", "ckpt_committed", "state_ready", "resumed"})
+_GREEN: Final = frozenset({"run_formed", "ckpt_committed", "state_ready", "resumed", "shards_released"})
 
 
 def moment(at_ms: int) -> str:
@@ -89,6 +89,7 @@ _SENTENCES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
     "shard_quarantined": lambda f: (
         f"shard {f['shard']} of data set {f['dataset']} is left out, {f['worker']} cannot read it: {f['reason']}"
     ),
+    "shards_released": lambda f: f"shards {f['shards']} of data set {f['dataset']} are read again, from the next epoch or run on",
     "samples_skipped": lambda f: f"{f['samples']} of data set {f['dataset']} are left out from now on: {f['reason']}",
     "ckpt_quarantined": lambda f: f"{f['run']}/{f['step']} {f['reason']}",
 }

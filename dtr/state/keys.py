@@ -67,7 +67,7 @@ key                            type    holds (TTL; written by)
                                        shard ``lease/SHARD`` (worker
                                        incarnation fence), ``part/SHARD`` (consumed ranges) (7 days after the last write; loader)
 ``...:taken``, ``...:done``    string  one bit a shard: not free; consumed whole in this run (as the ledger)
-``quarantine:NAME:DIGEST``     hash    shard -> why it cannot be read (none; loader)
+``quarantine:NAME:DIGEST``     hash    shard -> why it cannot be read (none; loader, `dtr data release`)
 ``skips:NAME``                 hash    ``FILE:START-STOP`` -> why these samples are left out, JSON (none; `dtr data skip`, loader)
 ``journal:RUN:RANK``           stream  ``STEP-1``: ``:at``, and data set -> what that step consumed, JSON (the newest steps; 1 day after
                                        the last one; loader)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dtr.checkpoint.survey import lineage_of, read_manifest, survey
 from dtr.datasets.consuming import ranges
 from dtr.datasets.consuming.datastate import BY_RANGES, Cursor, DataState, parse
+from dtr.datasets.consuming.ledger import quarantined
+from dtr.datasets.consuming.ledger import release as release_shards
 from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.datasets.registering.spec import Dataset
 from dtr.datasets.timemachine.history import History
@@ -16,13 +18,13 @@ from dtr.datasets.timemachine.keeping import kept_skips
 from dtr.datasets.timemachine.skipping import read_skips
 from dtr.datasets.timemachine.skips import Skips, merged_skips, parse_target
 from dtr.errors import DatasetNotFound, NotFound
-from dtr.state.client import mask, translate
+from dtr.state.client import mask
 from dtr.state.job import JobState
 from dtr.views.data_history import FileRange, in_files
 from dtr.views.reading import reading
 from dtr.views.stored import Sources
 
-__all__ = ["CommittedView", "NoteView", "QuarantinedView", "ShowView", "SkippedView", "newest_data", "read"]
+__all__ = ["CommittedView", "NoteView", "QuarantinedView", "ReleaseView", "ShowView", "SkippedView", "newest_data", "read", "release"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,34 @@ def read(sources: Sources, name: str) -> ShowView:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseView:
+    """Shards that were let out of quarantine, and those that were asked for and not in it."""
+
+    job: str
+    dataset: str
+    released: tuple[QuarantinedView, ...]
+    not_there: tuple[int, ...]
+
+
+def release(state: JobState, name: str, shards: Sequence[int]) -> ReleaseView:
+    """Let shards of a data set out of quarantine, all if none is named; from the next epoch or run on they are read again.
+
+    Raises:
+        DatasetNotFound, CoordinatorUnavailable, StateCorrupt.
+        InvalidInput: there is no such shard.
+    """
+    with reading(state):
+        dataset = DatasetRegistry(state.url, job=state.job, client=state.redis).get(name)
+        errors = quarantined(state, dataset.spec)
+    wanted = [dataset.shard(number).index for number in dict.fromkeys(shards)] or list(errors)
+    released = release_shards(state, dataset.spec, wanted) if wanted else ()
+    return ReleaseView(
+        job=state.job, dataset=name, released=tuple(_quarantined(dataset, number, errors.get(number, "")) for number in released),
+        not_there=tuple(number for number in wanted if number not in released),
+    )  # fmt: skip
+
+
 def newest_data(sources: Sources) -> tuple[tuple[str, int], Mapping[str, Any]]:
     """The newest commit on the lineage, and its data state; ('', -1) and nothing without one, or without a store."""
     if sources.store is None:
@@ -156,20 +186,18 @@ def _of_store(sources: Sources, name: str, committed: DataState | None) -> Datas
 
 
 def _left_out(sources: Sources, name: str, dataset: Dataset, committed: DataState | None) -> tuple[dict[int, str], Skips]:
-    """Quarantined shards with their errors, and skips: those that Redis and the store have, and those of the newest commit."""
+    """Quarantined shards with their errors, as Redis or else the newest commit has them, and skips: those of Redis, store and commit."""
     reasons: dict[int, str] = {}
     skips: Skips = {} if committed is None else committed.skips
     state = sources.state
     if sources.store is not None:
         skips = merged_skips(skips, kept_skips(sources.store, name).get(name, {}))
+    if state is not None:  # what is in quarantine now; a commit also knows of those that were let out since
+        with reading(state):
+            return quarantined(state, dataset.spec), merged_skips(skips, read_skips(state, name))
     if committed is not None and committed.digest == dataset.spec.digest:
         for of_epoch in committed.notes.get("quarantined", {}).values():
             reasons |= of_epoch
-    if state is not None:
-        with reading(state), translate(state.url):
-            held: dict[str, str] = state.redis.hgetall(state.keys.quarantine(name, dataset.spec.digest))
-            skips = merged_skips(skips, read_skips(state, name))
-        reasons |= {int(shard): reason for shard, reason in held.items() if shard.isdigit()}
     return reasons, skips
 
 

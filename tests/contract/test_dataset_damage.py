@@ -72,7 +72,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_whatever_a_file_holds_it_is_read_or_refused_by_name(name: str, tmp_path: Path) -> None:
-    """Given 150 files with random damage, when each is counted and read, then nothing but DatasetMismatch is raised, and often."""
+    """Given 150 files with random damage, when each is counted and read, then it is refused by name or read, and often refused."""
     case = CASES[name]
     path = tmp_path / f"data{case.format.suffixes[0]}"
     case.write(path, ROWS)
@@ -81,7 +81,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused_by_name(name: str, tmp_path
         path.write_bytes(mutated(good, rng))
         try:
             everything(case.format, path)
-        except DatasetMismatch as exc:
+        except InvalidInput as exc:  # of samples with other columns than the rest, too
             refused += path.name in str(exc)
             unnamed += path.name not in str(exc)
         except Exception as exc:

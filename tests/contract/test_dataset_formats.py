@@ -7,6 +7,7 @@ import json
 import struct
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,9 +238,23 @@ class TestJsonLines:
         size = path.stat().st_size
         with path.open("rb") as file, pytest.raises(DatasetMismatch, match=f"{path} line 3 is not JSON"):
             self.format.read(file, Span(start=0, stop=4, first_byte=0, end_byte=size), None)
-        path.write_text('{"a": 1}\n{"b": 2}\n')
-        with path.open("rb") as file, pytest.raises(DatasetMismatch, match="line 2 has no 'a'"):
-            self.format.read(file, Span(start=0, stop=2, first_byte=0, end_byte=18), ["a"])
+
+    @pytest.mark.parametrize(
+        ("lines", "columns", "message"),
+        [
+            ('{"a": 1}\n{"b": 2}\n', ["a"], "line 2 has no 'a'"),
+            ('{"a": 1, "b": 1}\n{"a": 2}\n', None, "line 2 has no 'b'"),
+            ('{"a": 1}\n{"a": 2, "b": 2}\n', None, "line 2 has 'b', samples before it have not"),
+            ('{"a": 1}\n{"a": 2, "b": 2}\n', ["a"], ""),
+        ],
+    )
+    def test_lines_with_other_keys_are_no_damage(self, tmp_path: Path, lines: str, columns: list[str] | None, message: str) -> None:
+        """Given an optional key, then the error says which columns to ask for, and is none that leaves out a shard."""
+        path = tmp_path / "a.jsonl"
+        path.write_text(lines)
+        with path.open("rb") as file, pytest.raises(InvalidInput, match=message) if message else nullcontext() as caught:
+            self.format.read(file, Span(start=0, stop=2, first_byte=0, end_byte=len(lines)), columns)
+        assert not message or (caught is not None and type(caught.value) is InvalidInput and "give columns=[...]" in str(caught.value))
 
     @pytest.mark.parametrize(
         ("values", "dtype"),
@@ -250,6 +265,7 @@ class TestJsonLines:
             ([[1, 2], [3, 4]], "int64"),
             ([[0.5], [1.5]], "float64"),
             ([2**63, -1], "object"),
+            ([2**53 + 1, 0.5], "object"),
             (["a", "bc"], "object"),
             ([[1], [2, 3]], "object"),
             ([["a"], ["b"]], "object"),
@@ -274,6 +290,36 @@ class TestJsonLines:
         write_jsonl(path, ROWS)
         with pytest.raises(DatasetMismatch, match="more than 10 shards of 1 samples; use a greater shard_size"):
             measured(self.format, path, shard_size=1)
+
+
+def test_samples_of_a_tar_file_with_other_members_are_no_damage(tmp_path: Path) -> None:
+    """Given a sample without a member that others have, then that is said of the data set, and columns that all have are read."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a.cls", "a.txt", "b.cls"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"1"))
+    span = Span(start=0, stop=2, first_byte=0, end_byte=path.stat().st_size)
+    with path.open("rb") as file:
+        with pytest.raises(InvalidInput, match=r"sample 'b' has no 'txt', .*: give columns=\[\.\.\.\]") as caught:
+            make_format("tar").read(file, span, None)
+        assert not isinstance(caught.value, DatasetMismatch)
+        assert make_format("tar").read(file, span, ["cls"])["cls"].tolist() == [1, 1]
+
+
+def test_decimals_of_mds_are_text_and_brotli_is_named(tmp_path: Path) -> None:
+    """Given a column of decimals, then no digit is lost; given a file packed by brotli, then the error says how to pack it."""
+    path = tmp_path / "a.mds"
+    config = json.dumps({"column_names": ["d"], "column_encodings": ["str_decimal"], "column_sizes": [None]}).encode()
+    sample = struct.pack("<I", 22) + b"0.10000000000000000001"
+    first = 12 + len(config)
+    path.write_bytes(struct.pack("<III", 1, first, first + len(sample)) + config + sample)
+    with path.open("rb") as file:
+        assert make_format("mds").read(file, Span(start=0, stop=1), None)["d"].tolist() == ["0.10000000000000000001"]
+    packed = path.rename(tmp_path / "a.mds.br")
+    with packed.open("rb") as file, pytest.raises(DatasetMismatch, match=r"a\.mds\.br is packed by brotli, .* zstd or gz"):
+        make_format("mds").measure(file, 3)
 
 
 class TestNpy:

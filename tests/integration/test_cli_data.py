@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from dtr.checkpoint.manager import CheckpointManager
 from dtr.cli import main
 from dtr.config import Settings
 from dtr.datasets.registering.registry import DatasetRegistry
+from dtr.datasets.timemachine import skipping
 from dtr.datasets.timemachine.history import history_of
 from dtr.errors import CoordinatorUnavailable, InvalidInput, StepUnknown
-from tests.loading import Loading, loading, once_each, write_lines
+from tests.loading import Loading, damage, loading, once_each, write_lines
 from tests.servers import RedisServer
 from tests.uploading import uploading
 from tests.waiting import eventually
@@ -111,7 +112,7 @@ def test_which_and_replay_follow_the_lineage(stored: Settings, dtr: Dtr, options
         again = dtr("replay", "--step", "2", "--rank", "1", "--column", "id", "--json")
         assert [row["id"] for row in again["batches"][0]["rows"]] == a.ranks[1].seen[2][1]
         dtr("which", "--step", "999", code=1)
-        assert "step 999" in dtr.err  # type: ignore[attr-defined]
+        assert f"nobody has consumed step 999 of run {run_b} yet: Redis has its steps up to 7" in dtr.err  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("options", [{}, MODE], ids=["dynamic", "deterministic"])
@@ -194,6 +195,41 @@ def test_a_skip_leaves_the_global_batch_smaller_and_the_sequence_as_it_is(stored
     assert sum(f["stop"] - f["start"] for one in which for batch in one["batches"] for f in batch["skipped"]) == 4
 
 
+def test_a_skip_holds_for_what_is_leased_and_not_ordered_yet(stored: Settings, dtr: Dtr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamic mode: a rank that holds the shard leaves them out, and that is on record; the next run finds the epoch whole without them."""
+    monkeypatch.setattr(skipping, "LOOK_S", 0.0)
+    with loading(stored, 1, names="a") as job:
+        job.ranks[0].registry.register("one", path=Path(stored.store or "").parent / "data", format="jsonl", shard_size=100)
+        (rank,) = job.ranks
+        loader = rank.loader("one", prefetch=1)
+        for _ in range(2):
+            rank.consume(next(loader))
+        shard = rank.seen[0][1][0] // 100
+        dtr("skip", "one", f"part-{shard}.jsonl:90-97", "--reason", "broken")
+        for _ in range(4):
+            rank.consume(next(loader))
+        assert job.merged()["one"]["notes"]["skipped"] == {"0": {str(shard): "90-97"}}
+        cut, seen = job.merged(), job.seen()
+    with loading(replace(stored, store=None), 2, names="b") as job:
+        job.restored(cut)
+        meeting = job.each(lambda rank: [rank.consume(batch) for batch in rank.loader("one")])
+        assert len({len(of) for of in meeting}) == 1
+        assert once_each(seen + job.seen(), set(range(400)) - set(range(100 * shard + 90, 100 * shard + 97)))
+
+
+def test_a_skip_finds_the_data_set_by_its_file(stored: Settings, dtr: Dtr, tmp_path: Path) -> None:
+    """One data set alone has it; or there are several, or none, and the candidates are named."""
+    assert dtr("skip", "part-0.jsonl:3-7", "--reason", "broken", "--json")["dataset"] == "numbers"
+    dtr("skip", "part-9.jsonl:0-5", "--reason", "x", code=3)
+    assert "no data set of the job has a file 'part-9.jsonl'; it has: numbers" in dtr.err  # type: ignore[attr-defined]
+    with closing(DatasetRegistry(stored.redis_url, job=stored.job)) as registry:
+        registry.register("again", path=tmp_path / "data", format="jsonl", shard_size=10)
+    dtr("skip", "part-0.jsonl:3-7", "--reason", "broken", code=3)
+    assert "data sets again, numbers have a file 'part-0.jsonl'" in dtr.err  # type: ignore[attr-defined]
+    assert dtr("skip", "again", "part-0.jsonl:3-7", "--reason", "broken", "--json")["dataset"] == "again"
+    dtr("skip", "a", "b", "c:0-1", "--reason", "broken", code=2)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -254,6 +290,29 @@ def test_a_quarantined_shard_is_shown_with_its_error(stored: Settings, dtr: Dtr,
         (one,) = dtr("progress", "--json")["datasets"]
         assert (one["consumed"], one["left_out"]) == (375, 25)
         assert [shard["shard"] for shard in one["shards"] if shard["state"] == "quarantined"] == [8]
+
+
+def test_a_shard_is_let_out_of_quarantine(stored: Settings, dtr: Dtr, tmp_path: Path) -> None:
+    """Given a damaged shard that a commit has on record, when a person lets it go, then `show` has it no more and the next run reads it."""
+    broken = tmp_path / "data" / "part-2.jsonl"
+    facts, content = broken.stat(), broken.read_bytes()
+    damage(broken)
+    with training(stored, 1, "a") as (job, save):
+        save(job.train()[0] - 1)
+    broken.write_bytes(content)
+    os.utime(broken, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert "from 0 to 15" in dtr("release", "numbers", "16", "--json", code=3)["error"]
+    assert dtr("release", "nothing", "--json", code=3)["code"] == "DatasetNotFound"
+    assert dtr("release", "numbers", "8", "--json", code=4, url=NOBODY)["code"] == "CoordinatorUnavailable"
+    assert "not in quarantine: 3" in dtr("release", "numbers", "3")
+    told = dtr("release", "numbers", "8", "3", "--json")
+    assert ([one["shard"] for one in told["released"]], told["not_there"]) == ([8], [3])
+    assert "not JSON" in told["released"][0]["error"]
+    assert "no shard of numbers is in quarantine" in dtr("release", "numbers")
+    assert dtr("show", "numbers", "--json", store=stored.store)["quarantined"] == []
+    with loading(stored, 1, names="b") as job:
+        job.restored({}).train()
+        assert once_each(job.seen(), range(400))
 
 
 def test_an_agent_replays_a_step(stored: Settings) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,20 @@ from dtr.checkpoint.survey import read_manifest
 from dtr.config import Settings
 from dtr.datasets.consuming.cut import cut_at
 from dtr.datasets.consuming.datastate import Dynamic
+from dtr.datasets.consuming.ledger import quarantined, release
 from dtr.datasets.plane import merge_shares
+from dtr.datasets.registering import spec as spec_module
 from dtr.datasets.registering.registry import DatasetRegistry
-from dtr.errors import DataConflict, DatasetMismatch, ForkedProcess, InvalidInput, LedgerUnset, RosterChanged
+from dtr.errors import (
+    DataConflict,
+    DatasetMismatch,
+    DataUnavailable,
+    ForkedProcess,
+    InvalidInput,
+    LedgerUnset,
+    RosterChanged,
+    ShardUnreadable,
+)
 from dtr.state.job import JobState
 from dtr.state.scripts import load
 from dtr.store import open_store
@@ -140,7 +153,13 @@ def test_a_batch_counts_once_and_only_in_its_run(settings: Settings, numbers: Pa
             rank.plane.consumed(batch, 1)
         with pytest.raises(InvalidInput, match="what the loader gave"):
             rank.plane.consumed({"id": batch["id"]}, 1)
+        again = next(rank.loader())
+        for batches in ([again, again], [again, batch]):
+            with pytest.raises(InvalidInput, match="reported before"):
+                rank.plane.consumed(batches, 1)
         assert job.merged() == before
+        rank.consume(again)
+        assert job.merged() != before
 
 
 def test_two_ranks_that_consumed_the_same_are_found_out(settings: Settings, numbers: Path) -> None:
@@ -171,6 +190,74 @@ def test_a_shard_that_cannot_be_read_is_nobodys_and_on_record(settings: Settings
         cut = job.merged()
     with loading(settings, 2, names="b") as job:  # with the quarantine the epoch is complete
         assert job.restored(cut).train(epochs=2) == [0, 0]
+
+
+def test_an_epoch_of_few_shards_is_none(settings: Settings, numbers: Path) -> None:
+    """Given more than a tenth of the shards damaged, then training ends with what to do, in the next run too, until they are let go."""
+    whole = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in numbers.iterdir()}
+    for path in whole:
+        damage(path)
+    with loading(settings, 1) as job, pytest.raises(ShardUnreadable, match=r"4 of 16 shards .*`dtr data release numbers`"):
+        job.train()
+    for path, (content, mtime_ns) in whole.items():
+        path.write_bytes(content)
+        os.utime(path, ns=(mtime_ns, mtime_ns))
+    with loading(settings, 1, names="b") as job, pytest.raises(ShardUnreadable, match="too many to train without them"):
+        job.restored({}).train()
+    with loading(settings, 2, names="c") as job:
+        state, spec = job.ranks[0].session.state, job.ranks[0].registry.get("numbers").spec
+        assert release(state, spec, list(quarantined(state, spec))) == (0, 4, 8, 12)
+        job.restored({}).train()
+        assert once_each(job.seen(), range(400))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_shard_that_was_let_go_is_read_from_the_next_epoch_on(settings: Settings, numbers: Path, processes: int) -> None:
+    """Given a damaged shard, when its file is put back and it is let go while training goes on, then the next epoch has all of it."""
+    path = numbers / "part-2.jsonl"
+    content, mtime_ns = path.read_bytes(), path.stat().st_mtime_ns
+    damage(path)
+    with loading(settings, 1) as job:
+        rank = job.ranks[0]
+        state, spec = rank.session.state, rank.registry.get("numbers").spec
+        loader = rank.loader(epochs=3, prefetch=1, processes=processes, start="fork")
+        for batch in loader:
+            rank.consume(batch)
+            if batch.epoch == 0 and set(quarantined(state, spec)) == {8}:
+                path.write_bytes(content)
+                os.utime(path, ns=(mtime_ns, mtime_ns))
+                assert release(state, spec, [8]) == (8,)
+        assert not quarantined(state, spec)
+        assert once_each(job.seen(0), [*range(200), *range(225, 400)])
+        assert once_each(job.seen(2), range(400))
+
+
+def test_a_host_that_may_not_read_leaves_out_no_shard(settings: Settings, numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given files that this host may not read, when training goes on, then it ends, and no shard is in quarantine."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with loading(settings, 1) as job:
+        job.train(2)
+        monkeypatch.setattr(spec_module, "open", refused, raising=False)
+        with pytest.raises(DataUnavailable, match=r"cannot be read on this host: Permission denied"):
+            job.train()
+        assert not quarantined(job.ranks[0].session.state, job.ranks[0].registry.get("numbers").spec)
+
+
+def test_samples_with_other_columns_leave_out_no_shard(settings: Settings, tmp_path: Path) -> None:
+    """Given a key that some lines lack, when all columns are loaded, then that is an error at once; with columns=[...] all is read."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": i} | ({"x": i} if i % 7 else {})) + "\n" for i in range(100)))
+    with closing(DatasetRegistry(settings.redis_url, job=settings.job)) as registry:
+        registry.register("numbers", path=tmp_path, format="jsonl", shard_size=10)
+    with loading(settings, 1) as job:
+        with pytest.raises(InvalidInput, match=r"a\.jsonl line \d+ has .*'x', .*: give columns=\[\.\.\.\]"):
+            job.train(columns=None)
+        assert not quarantined(job.ranks[0].session.state, job.ranks[0].registry.get("numbers").spec)
+    with loading(settings, 1, names="b") as job:
+        job.restored({}).train(columns=["id"])
+        assert once_each(job.seen(), range(100))
 
 
 def test_a_changed_file_is_refused_and_not_left_out(settings: Settings, numbers: Path) -> None:
@@ -239,6 +326,25 @@ def test_a_column_that_is_not_there_is_no_reason_for_quarantine(settings: Settin
         with pytest.raises(InvalidInput, match="no column 'idd'"):
             next(job.ranks[0].loader(columns=["idd"]))
         assert job.ranks[0].session.state.redis.exists(job.ranks[0].session.state.keys.quarantine("numbers", "d")) == 0
+
+
+def test_the_last_batch_of_all_is_not_consumed_before_it_is_reported(settings: Settings, numbers: Path) -> None:
+    """Given a loader at its end whose last batch was not reported, when its state is loaded elsewhere, then that batch comes again."""
+    with loading(settings, 1, names="a") as job:
+        (rank,) = job.ranks
+        loader = rank.loader()
+        batches = list(loader)
+        for batch in batches[:-1]:
+            rank.consume(batch)
+        early, seen = loader.state_dict(), job.seen()
+        rank.consume(batches[-1])
+        final = loader.state_dict()
+    for state, left in ((early, len(batches[-1])), (final, 0)):
+        with loading(settings, 1, names=f"b{left}") as job:
+            job.ranks[0].loader().load_state_dict(state)
+            job.train()
+            assert sum(job.seen().values()) == left
+            assert left == 0 or once_each(seen + job.seen(), range(400))
 
 
 def test_the_state_of_any_rank_resumes_any_number_of_them(settings: Settings, numbers: Path) -> None:

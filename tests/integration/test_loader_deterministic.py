@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dtr.config import Settings
-from dtr.errors import DataConflict, ShardUnreadable
+from dtr.errors import DataConflict, InvalidInput, ShardUnreadable
 from tests.loading import damage, loading, registered
 
 numbers = pytest.fixture(registered)
@@ -55,7 +55,24 @@ def test_a_state_of_another_sequence_is_refused(settings: Settings, numbers: Pat
 
 
 def test_a_damaged_shard_stops_deterministic_mode(settings: Settings, numbers: Path) -> None:
-    """Given a damaged shard, in deterministic mode, then no other sequence is given in its place."""
+    """Given a damaged shard, in deterministic mode, then no other sequence is given in its place, and the error says what to do."""
     damage(numbers / "part-2.jsonl")
-    with loading(settings, 1) as job, pytest.raises(ShardUnreadable, match=r"part-2\.jsonl"):
+    with loading(settings, 1) as job, pytest.raises(ShardUnreadable, match=r"part-2\.jsonl") as caught:
         global_batches(job, None)
+    assert "dtr data skip numbers part-2.jsonl:0-25 --reason TEXT" in str(caught.value)
+
+
+def test_a_batch_that_is_not_reported_is_asked_for(settings: Settings, numbers: Path) -> None:
+    """Given a batch that was left out, as after a bad loss, when a later one is reported, then it is named; in order, nothing is lost."""
+    with loading(settings, 1, names="a") as job:
+        (rank,) = job.ranks
+        loader = rank.loader(mode="deterministic", global_batch_size=40)
+        rank.consume(next(loader))
+        left_out, following = next(loader), next(loader)
+        before = job.merged()
+        for batches in (following, [following, left_out]):
+            with pytest.raises(InvalidInput, match="batch 1 of epoch 0 .* was not passed to step.*left out of the optimizer step too"):
+                rank.plane.consumed(batches, 1)
+        assert job.merged() == before
+        rank.plane.consumed([left_out, following], 1)
+        assert job.merged()["numbers"]["batch"] == 3

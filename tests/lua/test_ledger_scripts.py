@@ -181,6 +181,25 @@ def test_a_shard_in_quarantine_is_nobodys(job_state: JobState) -> None:
     assert [e["reason"] for e in events] == ["not JSON"]
 
 
+def release(state: JobState, *shards: int) -> str:
+    """A person lets shards out of quarantine."""
+    k = state.keys
+    return str(state.call("ledger_release", [k.quarantine("numbers", "d"), k.events], ["numbers", " ".join(map(str, shards))]))
+
+
+def test_a_shard_that_was_let_go_is_leased_in_the_next_ledger(job_state: JobState) -> None:
+    """Given a shard in quarantine, when a person lets it and another go, then it is on record once, and leased once it is free."""
+    (a,), run = opened(job_state, "a", start=base(((0, 9),)))
+    lease(job_state, a, run, 9)
+    quarantine(job_state, a, run, 9, 1)
+    assert [release(job_state, 9, 3), release(job_state, 9, 3)] == ["9", ""]
+    assert job_state.redis.exists(job_state.keys.quarantine("numbers", "d")) == 0
+    job_state.redis.setbit(job_state.keys.ledger("numbers", 0, run.id).taken, 9, 0)  # as in the next epoch
+    assert lease(job_state, a, run, 9, known=1, number=2) == "0|9:2|"
+    events = [e for _, e in job_state.redis.xrange(job_state.keys.events) if e["event"] == "shards_released"]
+    assert events == [{"event": "shards_released", "dataset": "numbers", "shards": "9"}]
+
+
 def test_nothing_of_an_ended_run_takes_effect(job_state: JobState) -> None:
     """Given a departure, when the others lease, report or quarantine under the run that ended, then they are refused."""
     (a, b), run = opened(job_state, "a", "b")

@@ -329,6 +329,11 @@ def ledger_quarantine(state: JobState) -> Act:
     return lambda s: ledger.quarantine(s, a, run, 3, 1)
 
 
+def ledger_release(state: JobState) -> Act:
+    ledger_quarantine(state)(state)
+    return effect(lambda s: ledger.release(s, 3))
+
+
 # --- the trial --------------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,11 @@ def test_who_was_not_measured_keeps_its_weight_and_a_newcomer_gets_the_usual_one
     assert settled({"a": 2, "b": 0.5, "c": 2}, {"a": 10, "c": 10}, ["a", "b", "c", "new"]) == {"a": 2, "b": 0.5, "c": 2, "new": 2}
 
 
+def test_a_newcomer_to_a_fast_and_a_slow_worker_stands_between_them() -> None:
+    """Given two workers that differ, then who joins is taken for neither."""
+    assert settled({"a": 1, "b": 0.1}, {}, ["a", "b", "new"]) == {"a": 1, "b": 0.1, "new": 0.55}
+
+
 def test_nobody_is_left_without_shards_by_one_bad_measurement() -> None:
     """The lightest weighs a sixteenth of the median."""
     weights = settled({}, {"a": 1000, "b": 1000, "c": 0.001}, "abc")

@@ -14,6 +14,7 @@ that forgot a lease is found out by the next number.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,13 +23,16 @@ import numpy as np
 
 from dtr.datasets.consuming.datastate import Cursor, DataState, Dynamic
 from dtr.datasets.registering.spec import DatasetSpec
+from dtr.errors import ShardUnreadable
 from dtr.session import Session
 from dtr.state.client import translate
+from dtr.state.job import JobState
 
-__all__ = ["KEEP_MS", "Leased", "Ledger", "Verdict", "base_digest", "taken_bits"]
+__all__ = ["KEEP_MS", "Leased", "Ledger", "Verdict", "base_digest", "quarantined", "release", "taken_bits"]
 
 KEEP_MS: Final = 7 * 86_400_000
 MOST_SHARDS_A_LEASE: Final = 256
+FEW: Final = 3  # shards that may be in quarantine however few there are
 CHANNEL: Final = "loader"
 
 
@@ -80,10 +84,13 @@ class Ledger:
         """Set what was consumed before this run of this epoch; every rank says the same.
 
         Raises:
+            ShardUnreadable: too many shards are in quarantine: see `check_quarantine`.
             DataConflict: another rank said something else.
             RosterChanged, StaleIncarnation, StateLost: the run ended.
         """
         state, keys = self.session.state, self.keys
+        if isinstance(base, Dynamic):
+            self.check_quarantine()
         bits = taken_bits(base, self.spec.shards) if isinstance(base, Dynamic) else b""
         self.session.guarded(
             lambda: state.call(
@@ -125,7 +132,10 @@ class Ledger:
         )
 
     def quarantine(self, shard: int, fence: int, *, where: str, reason: str) -> bool:
-        """Make a shard nobody's, because it cannot be read; False if the lease does not stand any more."""
+        """Make a shard nobody's, because it cannot be read; False if the lease does not stand any more.
+
+        Raises ShardUnreadable if that makes too many.
+        """
         state, keys = self.session.state, self.keys
         seat = [*self._seat(), self.spec.name, shard, fence, where, " ".join(reason.split())[:500]]
         answer = self.session.guarded(
@@ -133,7 +143,20 @@ class Ledger:
                 "ledger_quarantine", [state.keys.meta, state.keys.roster, keys.ledger, self.quarantine_key, state.keys.events], seat
             )
         )
+        self.check_quarantine()
         return bool(int(answer))
+
+    def check_quarantine(self) -> None:
+        """Raise ShardUnreadable if more than `FEW` shards, and more than a tenth, are in quarantine: that is no epoch of this data set."""
+        with translate(self.session.state.url):
+            count = int(self.session.state.redis.hlen(self.quarantine_key))
+        if count > max(FEW, self.spec.shards // 10):
+            name = shlex.quote(self.spec.name)
+            raise ShardUnreadable(
+                f"{count} of {self.spec.shards} shards of data set {self.spec.name!r} are in quarantine, too many to train without them: "
+                f"`dtr data show {name}` has their errors; put the files back as they were, or take samples out with `dtr data skip`, and "
+                f"then have them read again with `dtr data release {name}`"
+            )
 
     def reasons(self, shards: Sequence[int]) -> dict[int, str]:
         """Why these shards are in quarantine."""
@@ -159,6 +182,19 @@ class Ledger:
     def _seat(self) -> list[Any]:
         who = self.session.identity
         return [who.state_id, self.run.id, who.worker_id, self.run.rank, self.run.roster[who.worker_id].incarnation]
+
+
+def quarantined(state: JobState, spec: DatasetSpec) -> dict[int, str]:
+    """Shards of a data set that nobody may lease, with their errors. Raises CoordinatorUnavailable."""
+    with translate(state.url):
+        held: dict[str, str] = state.redis.hgetall(state.keys.quarantine(spec.name, spec.digest))
+    return dict(sorted((int(shard), reason) for shard, reason in held.items() if shard.isdigit()))
+
+
+def release(state: JobState, spec: DatasetSpec, shards: Sequence[int]) -> tuple[int, ...]:
+    """Let shards out of quarantine, and say which of them were in it. Raises CoordinatorUnavailable."""
+    keys = [state.keys.quarantine(spec.name, spec.digest), state.keys.events]
+    return tuple(map(int, str(state.call("ledger_release", keys, [spec.name, " ".join(map(str, shards))])).split()))
 
 
 def taken_bits(base: Dynamic, shards: int) -> bytes:

@@ -5,6 +5,7 @@ Guarantees that every format gives:
 - ``measure`` counts exactly the samples that ``read`` and ``iterate`` yield, and refuses a damaged or truncated file with
   DatasetMismatch, naming it;
 - ``read`` and ``iterate`` touch only the bytes of their span, and raise DatasetMismatch for bytes that are not what they should be;
+- whole samples that differ in their columns are InvalidInput, as is a column that is not there: that is no damage;
 - nothing is unpickled, and nothing is mapped into memory (a mapped file that shrinks kills its reader with SIGBUS).
 
 A format is a frozen value: its options are part of the data set's spec. Files come opened for reading in binary; their ``name`` is
@@ -14,7 +15,7 @@ for messages.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, Final, Protocol
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from dtr.errors import InvalidInput
 
-__all__ = ["START_BYTES", "Columns", "Format", "Measure", "Span", "chosen_columns"]
+__all__ = ["START_BYTES", "Columns", "Format", "Measure", "Span", "check_alike", "chosen_columns"]
 
 START_BYTES: Final = 16
 Columns = dict[str, NDArray[Any]]
@@ -62,6 +63,10 @@ class Format(Protocol):
     def has_marks(self) -> bool:
         """Whether a shard is found by where its bytes begin, which only reading the file tells; else by arithmetic."""
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether samples have one size, so that a few of a shard can be read for what they are; else all of it is decoded for one."""
+
     def options(self) -> Mapping[str, str]:
         """What else was given to ``register``, as text, enough to make this format again."""
 
@@ -93,3 +98,15 @@ def chosen_columns(wanted: Sequence[str] | None, known: Sequence[str], file: str
             meant = f"; did you mean {near[0]!r}?" if near else ""
             raise InvalidInput(f"columns: {file} has no column {column!r}; it has {', '.join(known)}{meant}", field="columns")
     return tuple(wanted)
+
+
+def check_alike(samples: Sequence[Mapping[str, Any]], chosen: Sequence[str], *, all_of_them: bool, named: Callable[[int], str]) -> None:
+    """Raise InvalidInput unless every sample has the chosen columns, and, if these are to be all, no other; ``named(n)`` is sample n."""
+    wanted = set(chosen)
+    for n, sample in enumerate(samples):
+        if sample.keys() == wanted:
+            continue
+        missing, more = wanted - sample.keys(), sample.keys() - wanted if all_of_them else set()
+        if missing or more:
+            what = f"has no {min(missing)!r}, samples before it have" if missing else f"has {min(more)!r}, samples before it have not"
+            raise InvalidInput(f"columns: {named(n)} {what}: give columns=[...] that all samples have, or write all alike", field="columns")

@@ -13,7 +13,7 @@ import orjson
 from numpy.typing import NDArray
 
 from dtr.datasets.formats.columns import column_of
-from dtr.datasets.formats.contract import Columns, Measure, Span, chosen_columns
+from dtr.datasets.formats.contract import Columns, Measure, Span, check_alike, chosen_columns
 from dtr.errors import DatasetMismatch
 from dtr.placement import MAX_SHARDS
 
@@ -31,6 +31,7 @@ class JsonLines:
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson")
     has_marks = True
+    has_rows = False
 
     def options(self) -> Mapping[str, str]:
         return {}
@@ -56,14 +57,8 @@ class JsonLines:
     def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
         samples = list(self.iterate(file, span))
         chosen = chosen_columns(columns, tuple(samples[0]) if samples else columns or (), file.name)
-        found: Columns = {}
-        for column in chosen:
-            try:
-                found[column] = column_of([sample[column] for sample in samples])
-            except KeyError:
-                line = next(n for n, sample in enumerate(samples, span.start + 1) if column not in sample)
-                raise DatasetMismatch(f"{file.name} line {line} has no {column!r}, the lines before it have", file=file.name) from None
-        return found
+        check_alike(samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name} line {span.start + n + 1}")
+        return {column: column_of([sample[column] for sample in samples]) for column in chosen}
 
     def iterate(self, file: BufferedReader, span: Span) -> Iterator[Any]:
         file.seek(span.first_byte)

@@ -48,11 +48,12 @@ class _Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mds:
-    """Samples of an MDS shard. Numbers, text, JSON and arrays are decoded; images, pickles and the rest come as bytes."""
+    """Samples of an MDS shard. Numbers, text, decimals (as text), JSON and arrays are decoded; images, pickles and the rest are bytes."""
 
     name = "mds"
     suffixes = (".mds",)
     has_marks = False
+    has_rows = False
 
     def options(self) -> Mapping[str, str]:
         return {}
@@ -104,6 +105,8 @@ class Mds:
 
 
 def _head(file: BufferedReader) -> _Head:
+    if file.name.endswith(".br"):
+        raise DatasetMismatch(f"{file.name} is packed by brotli, which is not read: write it with compression zstd or gz", file=file.name)
     size_bytes = os.fstat(file.fileno()).st_size
     samples = int(_words(file, 0, 1)[0])
     if 4 + 4 * (samples + 1) > size_bytes:
@@ -198,6 +201,6 @@ _ARRAY_DTYPES: Final[Mapping[int, str]] = {
     64: "uint64", 65: "int64", 66: "float64",
 }  # fmt: skip
 _DECODERS: Final[Mapping[str, Callable[[bytes], Any]]] = {
-    "str": bytes.decode, "str_int": int, "str_float": float, "json": orjson.loads,
+    "str": bytes.decode, "str_int": int, "str_float": float, "str_decimal": bytes.decode, "json": orjson.loads,
     "int": lambda content: int.from_bytes(content, "little", signed=True),
 }  # fmt: skip

@@ -44,6 +44,7 @@ class Npy:
     name = "npy"
     suffixes = (".npy",)
     has_marks = False
+    has_rows = True
 
     def options(self) -> Mapping[str, str]:
         return {}

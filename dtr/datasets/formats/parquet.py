@@ -30,6 +30,7 @@ class Parquet:
     name = "parquet"
     suffixes = (".parquet", ".pq")
     has_marks = False
+    has_rows = False
 
     def options(self) -> Mapping[str, str]:
         return {}

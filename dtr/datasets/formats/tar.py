@@ -18,7 +18,7 @@ from typing import Any, Final
 import orjson
 
 from dtr.datasets.formats.columns import column_of
-from dtr.datasets.formats.contract import Columns, Measure, Span, chosen_columns
+from dtr.datasets.formats.contract import Columns, Measure, Span, check_alike, chosen_columns
 from dtr.datasets.formats.npy import array_of
 from dtr.errors import DatasetMismatch
 from dtr.placement import MAX_SHARDS
@@ -37,6 +37,7 @@ class Tar:
     name = "tar"
     suffixes = (".tar",)
     has_marks = True
+    has_rows = False
 
     def options(self) -> Mapping[str, str]:
         return {}
@@ -64,10 +65,7 @@ class Tar:
     def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
         samples = list(self._iterate(file, span, columns))
         chosen = chosen_columns(columns, tuple(samples[0]) if samples else columns or (), file.name)
-        for sample in samples:
-            for column in chosen:
-                if column not in sample:
-                    raise DatasetMismatch(f"{file.name}: sample {sample[KEY]!r} has no {column!r}, others have", file=file.name)
+        check_alike(samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name}: sample {samples[n][KEY]!r}")
         return {column: column_of([sample[column] for sample in samples]) for column in chosen}
 
     def iterate(self, file: BufferedReader, span: Span) -> Iterator[dict[str, Any]]:

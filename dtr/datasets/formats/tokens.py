@@ -38,6 +38,7 @@ class Tokens:
     name = "bin"
     suffixes = (".bin",)
     has_marks = False
+    has_rows = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _numeric(self.dtype).str)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtr.datasets.formats import Columns
+from dtr.datasets.formats.columns import EXACT, bytes_of
 from dtr.errors import DatasetMismatch
 
 __all__ = ["Batch", "Order", "SampleRange", "coalesced", "joined", "ranges_text", "samples_of"]
@@ -95,8 +96,8 @@ class Batch:
 
     @property
     def size_bytes(self) -> int:
-        """Of the columns; of objects only the references count."""
-        return sum(int(values.nbytes) for values in self.columns.values())
+        """Of the columns, with what objects such as text and images hold."""
+        return bytes_of(self.columns)
 
     def pin_memory(self) -> Self:
         """The same with its tensors in pinned memory; ``DataLoader(pin_memory=True)`` calls it."""
@@ -110,7 +111,8 @@ def _pinned(values: Any) -> Any:
 def joined(pieces: Sequence[Columns]) -> Columns:
     """Pieces, one after the other, as one; a single one as it is, without a copy.
 
-    Raises DatasetMismatch if they have different columns, or a column's arrays do not go together; names them.
+    Raises DatasetMismatch if they have different columns, or a column's arrays do not go together without loss; names them. Integers beside
+    floats become floats.
     """
     if len(pieces) == 1:
         return dict(pieces[0])
@@ -127,14 +129,21 @@ def joined(pieces: Sequence[Columns]) -> Columns:
 
 def _concatenated(column: str, pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
     try:
-        return np.concatenate(pieces)
+        found = np.concatenate(pieces)
+        if found.dtype.kind == "f" and any(map(_inexact, pieces)):
+            raise TypeError(f"integers beyond {EXACT:,} would lose digits")
+        return found
     except (ValueError, TypeError) as exc:
         kinds = " and ".join(sorted({f"{piece.dtype} of shape {piece.shape[1:]}" for piece in pieces}))
         raise DatasetMismatch(
-            f"column {column!r} is {kinds} in different files of the data set, which make no one array: make the files alike, or leave the "
-            "column out with columns=[...]",
+            f"column {column!r} is {kinds} in different files of the data set, which make no one array ({exc}): make the files alike, or "
+            "leave the column out with columns=[...]",
             columns=[column],
         ) from exc
+
+
+def _inexact(piece: NDArray[Any]) -> bool:
+    return piece.dtype.kind in "iu" and bool(np.any((piece > EXACT) | (piece < -EXACT)))
 
 
 def samples_of(ranges: Sequence[SampleRange]) -> int:
@@ -145,12 +154,15 @@ def samples_of(ranges: Sequence[SampleRange]) -> int:
 def coalesced(places: Sequence[tuple[int, int]]) -> tuple[SampleRange, ...]:
     """Samples, (shard, position), in their order, as ranges where they follow each other."""
     found: list[SampleRange] = []
-    for shard, at in places:
-        if found and found[-1][0] == shard and found[-1][2] == at:
-            found[-1] = (shard, found[-1][1], at + 1)
-        else:
-            found.append((shard, at, at + 1))
-    return tuple(found)
+    shard, start, stop = -1, 0, 0
+    for number, at in places:
+        if number == shard and at == stop:
+            stop += 1
+            continue
+        if stop > start:
+            found.append((shard, start, stop))
+        shard, start, stop = number, at, at + 1
+    return (*found, (shard, start, stop)) if places else ()
 
 
 def ranges_text(ranges: Sequence[SampleRange]) -> str:

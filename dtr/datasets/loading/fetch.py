@@ -39,7 +39,7 @@ class Reader:
 
     def __init__(self, plan: Plan, reading: Reading, *, tracked: bool = True, lanes: int = 1) -> None:
         self.dataset: Dataset = plan.dataset
-        self._columns, self._as_torch = plan.columns, reading.as_torch
+        self._columns, self._as_torch, self._batch_size = plan.columns, reading.as_torch, plan.batch_size
         self._leaves_out = tracked and plan.mode == "dynamic"
         self._keep_bytes = reading.prefetch_bytes
         self._keep = _shards_kept(plan, lanes)
@@ -50,11 +50,12 @@ class Reader:
 
     def _begin(self) -> None:
         self._unreadable: dict[int, str] = {}
+        self._epoch = -1  # of which these are
         self._none: Columns = {}
-        self._rows = Rows(self.dataset, self._columns, keep=self._keep, keep_bytes=self._keep_bytes)
+        self._rows = Rows(self.dataset, self._columns, keep=self._keep, keep_bytes=self._keep_bytes, least=2 if self._leaves_out else 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in {"_unreadable", "_none", "_rows"}}
+        return {name: value for name, value in self.__dict__.items() if name not in {"_unreadable", "_epoch", "_none", "_rows"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -71,6 +72,8 @@ class Reader:
             ShardUnreadable: a shard cannot be read, where none may be left out.
             InvalidInput: there is no such column.
         """
+        if order.epoch != self._epoch:  # by then a shard may have been put back
+            self._unreadable, self._epoch = {}, order.epoch
         wanted = (*order.ranges, *order.padded)
         if not self._leaves_out and samples_of(wanted) < RUN * len(wanted):
             return self._made(order, order.ranges, order.padded, self._gathered(wanted), {})
@@ -106,10 +109,10 @@ class Reader:
 
     def _gathered(self, wanted: Sequence[SampleRange]) -> Columns:
         """Samples from all over, by the rows of their shards."""
-        sizes = np.array([stop - start for _, start, stop in wanted], dtype=np.int64)
-        first = np.repeat(np.array([start for _, start, _ in wanted], dtype=np.int64) - (np.cumsum(sizes) - sizes), sizes)
-        shards = np.repeat(np.array([shard for shard, _, _ in wanted], dtype=np.int64), sizes)
-        return self._rows.take(shards, first + np.arange(len(shards)))
+        numbers, starts, stops = np.array(wanted, dtype=np.int64).T
+        sizes = stops - starts
+        first, shards = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes), np.repeat(numbers, sizes)
+        return self._rows.take(shards, first + np.arange(len(shards)), readers=-(-self._batch_size // max(1, len(shards))))
 
     def _pieces(self, wanted: Sequence[SampleRange], unread: dict[int, str]) -> tuple[list[SampleRange], list[Columns]]:
         """Runs of samples, as views of their shards; without those that cannot be read, if that is allowed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -10,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -20,10 +22,12 @@ from numpy.typing import NDArray
 from dtr.datasets.formats import Columns, Format, Span, format_of_fields
 from dtr.datasets.sources.cache import EXHAUSTED
 from dtr.datasets.sources.copies import Stamp, compression_of, copies, difference, is_remote
-from dtr.errors import DatasetChanged, DatasetMismatch, DataUnavailable, InvalidInput, StateCorrupt
+from dtr.errors import DatasetChanged, DatasetMismatch, DataUnavailable, DtrError, InvalidInput, StateCorrupt
 
 __all__ = ["Dataset", "DatasetSpec", "FileFacts", "Shard", "digest_of"]
 
+# What a disk says of a file that it cannot give back. Any other error is this host's: its permissions, mounts, network or limits.
+DAMAGED: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ})
 _FACTS = re.compile(
     r"samples=(\d{1,18}) size_bytes=(\d{1,18}) mtime_ns=(-?\d{1,20}) marks=((?:\d{1,18}(?:,\d{1,18})*)?)(?: plain_bytes=(\d{1,18}))?"
     r"(?: tag=(\S+))?",
@@ -178,12 +182,16 @@ class Shard:
             DatasetChanged: the file is gone, or was written since.
             DatasetMismatch: it does not hold what it should, or cannot be read.
             InvalidInput: there is no such column; the message names those that there are.
-            DataUnavailable: this host is out of memory or file descriptors.
+            DataUnavailable: this host cannot read it, by no fault of the file: memory, descriptors, permissions, a mount.
             StoreUnavailable, StoreRefused, FolderFull, ConfigError: as `dtr.datasets.sources.copies.Copies.open`.
         """
-        with self._open() as file:
+        return self.read_spans([self.span], columns)[0]
+
+    def read_spans(self, spans: Sequence[Span], columns: Sequence[str] | None = None) -> list[Columns]:
+        """Samples of its file, span by span, from the file as it is opened once. Raises as `read`."""
+        with self._reading() as file:
             try:
-                found = self.format.read(file, self.span, columns)
+                found = [self.format.read(file, span, columns) for span in spans]
             except MemoryError as exc:
                 raise DataUnavailable(
                     f"{self} of data set {self.dataset!r}: there is not memory enough for its {len(self):,} samples; register the data set "
@@ -195,12 +203,12 @@ class Shard:
 
     def iterate(self) -> Iterator[Any]:
         """The samples, one by one: an object of a JSON line, a row of an array, a block of tokens. Raises as `read`."""
-        with self._open() as file:
+        with self._reading() as file:
             yield from self.format.iterate(file, self.span)
 
     def columns(self) -> tuple[str, ...]:
         """The names under which `read` returns values."""
-        with self._open() as file:
+        with self._reading() as file:
             return self.format.columns(file)
 
     @property
@@ -221,6 +229,20 @@ class Shard:
             self._compare(os.stat(self.path))
         except OSError as exc:
             raise self._unreadable(exc) from exc
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[BufferedReader]:
+        """The file, opened; what the system says while it is read is told apart here, whoever has wrapped it."""
+        try:
+            with self._open() as file:
+                yield file
+        except (DatasetMismatch, OSError) as exc:
+            cause = exc if isinstance(exc, OSError) else exc.__cause__
+            if isinstance(exc, DatasetChanged) or not isinstance(cause, OSError) or isinstance(cause, DtrError):
+                raise
+            if cause.errno is None or cause.errno in DAMAGED:  # libraries raise OSError without a number for a file that is damaged
+                raise
+            raise self._unreadable(cause) from exc
 
     def _is_copy(self) -> bool:
         return is_remote(self.folder) or bool(compression_of(self.file))
@@ -251,10 +273,15 @@ class Shard:
 
     def _unreadable(self, exc: OSError) -> DatasetMismatch | DataUnavailable:
         what = f"{self.path} of data set {self.dataset!r} version {self.version} cannot be read"
+        if isinstance(exc, FileNotFoundError | NotADirectoryError):
+            return DatasetChanged(f"{what}: {exc.strerror}", file=self.path)
         if exc.errno in EXHAUSTED:
             return DataUnavailable(f"{what}: this process is out of {EXHAUSTED[exc.errno]} ({exc.strerror})", file=self.path)
-        gone = isinstance(exc, FileNotFoundError | NotADirectoryError)
-        return (DatasetChanged if gone else DatasetMismatch)(f"{what}: {exc.strerror}", file=self.path)
+        if exc.errno in DAMAGED:
+            return DatasetMismatch(f"{what}: {exc.strerror}", file=self.path)
+        return DataUnavailable(
+            f"{what} on this host: {exc.strerror}; see to its permissions, mounts and network: the file is not to blame", file=self.path
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

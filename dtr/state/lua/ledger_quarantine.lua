@@ -1,4 +1,4 @@
--- A shard that its leaseholder cannot read is nobody's from now on, until a person lets it go; on record with the error.
+-- A shard that its leaseholder cannot read is nobody's from now on, until a person lets it go (ledger_release); on record with the error.
 -- KEYS
 --   1 meta        hash    the job's state
 --   2 roster      hash    of the current run
