@@ -65,25 +65,35 @@ def move(work: Work, pieces: Iterator[Piece], *, threads: int, progress: Progres
     caller's, without a pool. ``ramp``: begin with one piece, and allow one more with each that is done: so that a sender that is killed
     again and again has soon done one each time, where several at once would all be in the middle.
     """
-    over = threading.Event()
+    over, all_there = threading.Event(), threading.Event()
     if threads == 1:
         _move_here(work, pieces, over, progress)
         return
-    done_bytes, window = 0, 1 if ramp else threads
+
+    def begin(piece: Piece) -> None:
+        all_there.wait()  # while some work, starting another thread waits for a processor
+        go_on(over)
+        work(piece, over)
+
+    most = threads if ramp else 2 * threads  # as many again lie ready: a thread that is done need not wait for the caller's
+    done_bytes, window = 0, 1 if ramp else most
     with ThreadPoolExecutor(threads, thread_name_prefix="dtr-store") as pool:  # leaving it waits for the pieces under way
-        running: dict[Future[None], Piece] = {pool.submit(work, piece, over): piece for piece in islice(pieces, window)}
+        running: dict[Future[None], Piece] = {}
         try:
+            running.update((pool.submit(begin, piece), piece) for piece in islice(pieces, window))
+            all_there.set()
             while running:
                 for future in wait(running, timeout=_TICK_S, return_when=FIRST_COMPLETED).done:
                     piece = running.pop(future)
                     future.result()
                     done_bytes += piece.size_bytes
-                    window = min(threads, window + 1)
+                    window = min(most, window + 1)
                 if progress:
                     progress(done_bytes)
-                running.update((pool.submit(work, following, over), following) for following in islice(pieces, window - len(running)))
+                running.update((pool.submit(begin, following), following) for following in islice(pieces, window - len(running)))
         finally:
             over.set()
+            all_there.set()
 
 
 def _move_here(work: Work, pieces: Iterator[Piece], over: threading.Event, progress: Progress | None) -> None:
