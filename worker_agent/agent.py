@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dtr import names
 from dtr.config import LauncherEnvironment, Settings
-from dtr.errors import ConfigError, InvalidInput
+from dtr.errors import ConfigError, DataConflict, InvalidInput
 from dtr.runs import World
 from dtr.session import Session
 from worker_agent.loading import Loading
@@ -84,6 +84,7 @@ class Agent(Loading):
         )
         self._checkpoints: CheckpointManager | None = None
         self._step = -1
+        self._stepped = False  # in this run
         self._saves: list[SaveHandle] = []
 
     @classmethod
@@ -123,7 +124,7 @@ class Agent(Loading):
         if (plane := self._plane) is not None:
             plane.end_run()
         self._session.form(timeout_s)
-        self._step = -1
+        self._step, self._stepped = -1, False
         return self
 
     def close(self) -> None:
@@ -219,7 +220,8 @@ class Agent(Loading):
         """Report that an optimizer step is done; costs microseconds and never waits for Redis.
 
         Args:
-            batch: what the step consumed, as the loader gave it: a batch, or a list of them. From now on a save has it as consumed.
+            batch: what the step consumed, as the loader gave it: a batch, or a list of them. From now on a save has it as consumed. In
+                deterministic mode every batch in its order, also one that was left out of the optimizer step.
             step: its number; default: one more than the last.
             loss: shown to people with the member.
 
@@ -227,8 +229,8 @@ class Agent(Loading):
 
         Raises:
             StaleIncarnation, RosterChanged: this process may not go on, as a beat learned.
-            InvalidInput: the batch was reported before, or is none of this run's; the step does not grow; the loss is no number. Nothing
-                was reported then.
+            InvalidInput: a batch was reported before, is none of this run's, or, in deterministic mode, is not the next; the step does not
+                grow; the loss is no number. Nothing was reported then.
         """
         self._session.check()
         shown = _loss(loss)
@@ -237,7 +239,7 @@ class Agent(Loading):
             raise InvalidInput(f"step must grow: got {number} after {self._step}", field="step")
         if batch is not None and (plane := self._plane) is not None:
             plane.consumed(batch, number)
-        self._step = number
+        self._step, self._stepped = number, True
         self._session.page.write(number, "training", shown)
         return number
 
@@ -290,7 +292,10 @@ class Agent(Loading):
         return handle
 
     def restore(self, *, fresh: bool = False, into: Any = None, only: str | Sequence[str] | None = None) -> Restored | None:
-        """Restore the newest checkpoint that every rank can read; collective: every rank of the run calls it before its first save.
+        """Restore the newest checkpoint that every rank can read; collective: every rank of the run calls it before its first batch.
+
+        A run goes forward only: to go back to a checkpoint in mid-run, every rank calls :meth:`form`, then this, then :meth:`loader`.
+        To read one and change nothing: ``agent.checkpoints.restore()``.
 
         Args:
             fresh: go on with None when the lineage has no checkpoint at all; otherwise that is an error.
@@ -301,8 +306,16 @@ class Agent(Loading):
             NoCheckpoint: there is none, and ``fresh`` was not given.
             RestoreFailed: there are some, and none can be restored; the message has each one's reason.
             StateMismatch: ``into`` is built differently; nothing was changed.
+            DataConflict: this run has handed out a batch or reported a step; nothing was changed.
             RosterChanged: a member departed meanwhile; call :meth:`form`.
         """
+        if (plane := self._plane) is not None:
+            plane.check_unbegun()
+        if self._stepped:
+            raise DataConflict(
+                f"restore() must come before the first step of a run, and run {self.run} stands at step {self._step}: to go back, call "
+                "form(), then restore()"
+            )
         found = self.checkpoints.restore(fresh=fresh, into=into, only=only)
         self._step = -1 if found is None else found.step
         return found

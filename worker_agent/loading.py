@@ -31,7 +31,7 @@ class Loading:
         if self._datasets is None:
             from dtr.datasets.registering.registry import DatasetRegistry
 
-            self._datasets = DatasetRegistry(self.settings.redis_url, job=self.settings.job)
+            self._datasets = DatasetRegistry(self.settings.redis_url, job=self.settings.job, settings=self.settings)
         return self._datasets
 
     @property
@@ -57,6 +57,7 @@ class Loading:
         processes: int = 0,
         start: str = "spawn",
         as_torch: bool = False,
+        on_new_version: str = "next_epoch",
     ) -> Loader:
         """This rank's batches of a registered data set, from where the restored lineage stands; all ranks call it alike.
 
@@ -81,6 +82,10 @@ class Loading:
             processes: that read; 0: a thread of this process does.
             start: of these processes: ``spawn`` or ``fork``.
             as_torch: columns as tensors, of the arrays' memory where torch can share it.
+            on_new_version: where the lineage is in the middle of an epoch of an earlier version: ``next_epoch`` goes on with that version,
+                and takes the current one when a run begins at an epoch's start; ``abandon_epoch`` begins the next epoch with the current
+                version, with the rest of this one on record as dropped, and it counts among ``epochs``: the way on when a file was changed
+                for good.
 
         Raises:
             DatasetNotFound, InvalidInput: there is no such data set; an argument is wrong; the run loads it in another way, or to its end.
@@ -93,7 +98,7 @@ class Loading:
         return plane_of(self._session).loader(
             self.datasets, name, batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns, seed=seed,
             mode=mode, tail=tail, window=window, prefetch=prefetch, prefetch_bytes=prefetch_bytes, processes=processes, start=start,
-            as_torch=as_torch,
+            as_torch=as_torch, on_new_version=on_new_version,
         )  # fmt: skip
 
     def evaluation(
@@ -149,6 +154,6 @@ class Loading:
         """
         from dtr.datasets.timemachine.history import history_of
 
-        with history_of(url=self.settings.redis_url, job=self.settings.job, store=self.settings.store) as history:
+        with history_of(settings=self.settings) as history:
             found = history.at(step, rank=self._session.run.rank if rank is None else rank)
         return [one.read(columns) for one in found.consumed]

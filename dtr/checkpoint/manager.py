@@ -168,6 +168,7 @@ class CheckpointManager:
             WorldSizeMismatch: the newest one is sharded over another number of ranks.
             StateMismatch: ``into`` is built differently; names the first path that differs, and nothing was changed.
             InvalidInput: ``only`` selects nothing.
+            DataConflict: the run has no base yet and has handed out batches: restore before the first batch.
             RosterChanged: a member departed in mid-restore; call ``form()``.
         """
         step = None if step is None else names.step(step)
@@ -183,6 +184,7 @@ class CheckpointManager:
         )  # fmt: skip
         if session is not None and not base.is_known(session, session.run.id, self.url):
             session.check()
+            plane_of(session).check_unbegun()
             return self._restore_run(session, session.run.id, reader)
         found = read_newest(reader, session.state if session is not None else self._own_state())
         self._first.restored = (found.run, found.step) if found is not None else None

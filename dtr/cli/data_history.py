@@ -62,20 +62,23 @@ def replay(
 
 
 @click.command(short_help="Leave samples out from now on.")
-@click.argument("name")
-@click.argument("samples", metavar="FILE:START-STOP")
+@click.argument("words", nargs=-1, required=True, metavar="[NAME] FILE:START-STOP")
 @click.option("--reason", required=True, metavar="TEXT", help="Why, for those who wonder later.")
 @store_option
 @reading_options
-def skip(url: str | None, job: str | None, as_json: bool, store: str | None, name: str, samples: str, reason: str) -> None:
+def skip(url: str | None, job: str | None, as_json: bool, store: str | None, words: tuple[str, ...], reason: str) -> None:
     """Leave samples of a data set out from now on, for good: FILE:5-9 are four samples, counted from 0 in FILE, as `which` names them.
 
-    Loaders learn of it within a second or so; what they have read by then goes out. The batch of deterministic mode that has them is
+    NAME is the data set's, and may be left out if one data set alone has the file.
+
+    Loaders learn of it within a second or so; what they have read ahead by then goes out. The batch of deterministic mode that has them is
     smaller, and its sequence stays. It is on record in Redis and in the store at once, and in the next checkpoint; `dtr data show` lists
     it. Repeating it changes nothing.
     """
+    if len(words) > 2:
+        raise click.UsageError(f"expected [NAME] FILE:START-STOP, got {len(words)} words: {' '.join(words)}")
     with data_sources(target(url, job, store=store)) as sources:
-        found = view.skip(sources, name, samples, reason)
+        found = view.skip(sources, words[0] if len(words) > 1 else None, words[-1], reason)
     show(found, json=as_json, human=_skip)
 
 

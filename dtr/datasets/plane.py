@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 import orjson
 
 from dtr.datasets.consuming import ranges
-from dtr.datasets.consuming.datastate import Cursor, DataState, Dynamic, merged, parse, parse_all, shared
-from dtr.datasets.consuming.goingon import going_on
+from dtr.datasets.consuming.datastate import Cursor, DataState, merged, parse, parse_all, shared
 from dtr.datasets.consuming.reports import Reports
 from dtr.datasets.loading.batch import Batch
+from dtr.datasets.loading.beginning import Place, place
 from dtr.datasets.loading.evaluation import Evaluation
 from dtr.datasets.loading.loader import Loader
 from dtr.datasets.loading.plan import Plan, Reading, planned, reading
 from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.datasets.registering.spec import Dataset
 from dtr.datasets.timemachine.journal import Account, Journal, Origin, Row, parse_account
-from dtr.errors import DataConflict, DatasetNotFound, InvalidInput, LedgerUnset, StateCorrupt
+from dtr.errors import DataConflict, DtrError, InvalidInput, LedgerUnset, StateCorrupt
 from dtr.session import Session
 
 __all__ = ["DataPlane", "accounts_of", "captured", "committed", "merge_shares", "plane_of", "tell"]
@@ -85,6 +86,7 @@ class DataPlane:
         self._run = ""
         self._base: dict[str, DataState] | None = None
         self._loaders: dict[str, Loader] = {}
+        self._places: dict[str, Callable[[], Place]] = {}  # of each loader: where it begins, as the base of the run says
         self._written: dict[str, tuple[DataState, orjson.Fragment]] = {}
         self._journal = Journal()
         self._share: tuple[int, str] | None = None  # the step that was captured last, until something is consumed
@@ -96,14 +98,33 @@ class DataPlane:
     def restored(self, data: Mapping[str, Any]) -> None:
         """The current run goes on from the data state of a checkpoint's manifest; {}: from the beginning.
 
-        Raises StateCorrupt if it is no data state.
+        Loaders that were made before begin there as well.
+
+        Raises:
+            StateCorrupt: it is no data state.
+            DataConflict: a loader has handed out batches, or cannot go on from there; the latter is closed.
         """
         base = parse_all(data)
         self._follow()
-        if self._loaders:
-            log.warning("restored again in run %s: its loaders go on where they are, since data is leased once in a run", self._run)
-            return
+        self.check_unbegun()
         self._base = base
+        try:
+            places = {name: self._places[name]() for name in self._loaders if name in base}
+        except DtrError:
+            self._close_loaders()
+            raise
+        for name, where in places.items():
+            self._loaders[name].begin(*where)
+
+    def check_unbegun(self) -> None:
+        """Raise DataConflict if the current run has handed out batches here: what was leased in a run cannot be taken back in it."""
+        begun = [name for name, loader in self._loaders.items() if loader.begun] if self._session.run.id == self._run else []
+        if begun:
+            raise DataConflict(
+                f"restore() must come before the first batch of a run, and run {self._run} has handed out batches of data set "
+                f"{begun[0]!r}: to go back, call form(), then restore(), then loader()",
+                name=begun[0],
+            )
 
     def _follow(self) -> None:
         """Leave behind what belongs to an earlier run."""
@@ -114,12 +135,15 @@ class DataPlane:
 
     def end_run(self) -> None:
         """Close the loaders: the run is over for this process."""
-        loaders, self._loaders = list(self._loaders.values()), {}
-        for loader in loaders:
-            loader.close()
+        self._close_loaders()
         self._base, self._run, self._written, self._share = None, "", {}, None
         with self._mutex:
             self._journal = Journal()
+
+    def _close_loaders(self) -> None:
+        loaders, self._loaders, self._places = list(self._loaders.values()), {}, {}
+        for loader in loaders:
+            loader.close()
 
     def close(self) -> None:
         """Let go of threads and connections; waits a little for threads, which must not read while the interpreter ends."""
@@ -129,8 +153,11 @@ class DataPlane:
             loader.join(END_S)
         self.reports.close()
 
-    def _start_of(self, plan: Plan) -> DataState:
-        spec = plan.dataset.spec
+    def _place(self, registry: DatasetRegistry, name: str, planned_for: Callable[[Dataset], Plan], on_new_version: str) -> Place:
+        return place(self._session, registry, name, self._base_of(name), planned_for, on_new_version)
+
+    def _base_of(self, name: str) -> DataState | None:
+        """What the lineage consumed of it, None for nothing; raises LedgerUnset if that is not known."""
         if self._base is None and self._session.run.previous and self._session.settings.store:
             raise LedgerUnset(
                 f"run {self._run} follows run {self._session.run.previous}, and it is not known what that consumed: call restore() "
@@ -138,36 +165,33 @@ class DataPlane:
                 run=self._run,
             )
         if self._base is None and self._session.run.previous:
-            log.warning("run %s follows another, and nothing was restored: data set %s begins anew", self._run, spec.name)
-        base = (self._base or {}).get(spec.name)
-        if base is not None:
-            return going_on(plan, base)
-        if plan.mode == "dynamic":
-            return Dynamic(version=spec.version, digest=spec.digest, seed=plan.seed)
-        return Cursor(
-            version=spec.version, digest=spec.digest, seed=plan.seed, global_batch_size=plan.batch_size, window=plan.window, tail=plan.tail
-        )
+            log.warning("run %s follows another, and nothing was restored: data set %s begins anew", self._run, name)
+        return (self._base or {}).get(name)
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
     def loader(
         self, registry: DatasetRegistry, name: str, *, batch_size: Any, global_batch_size: Any, epochs: Any, columns: Any, seed: Any,
         mode: Any, tail: Any, window: Any, prefetch: Any, prefetch_bytes: Any = None, processes: Any = 0, start: Any = "spawn",
-        as_torch: Any = False,
+        as_torch: Any = False, on_new_version: Any = "next_epoch",
     ) -> Loader:  # fmt: skip
         """A loader in the current run; the one that is there already if the same is asked for again. See ``Agent.loader``."""
         self._session.check()
         self._follow()
-        plan = planned(
-            self._dataset(registry, name), batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns,
-            seed=seed, mode=mode, tail=tail, window=window,
+        if on_new_version not in ("next_epoch", "abandon_epoch"):
+            raise InvalidInput(f"on_new_version must be 'next_epoch' or 'abandon_epoch', got {on_new_version!r}", field="on_new_version")
+        planned_for = partial(
+            planned, batch_size=batch_size, global_batch_size=global_batch_size, epochs=epochs, columns=columns, seed=seed, mode=mode,
+            tail=tail, window=window,
         )  # fmt: skip
         how = reading(prefetch=prefetch, prefetch_bytes=prefetch_bytes, processes=processes, start=start, as_torch=as_torch)
         there = self._loaders.get(name)
         if there is not None:
-            return _same(there, plan, how)
-        loader = Loader(self._session, plan, self._start_of(plan), reports=self.reports, reading=how, mutex=self._mutex)
-        self._loaders[name] = loader
+            return _same(there, planned_for(there.plan.dataset), how)
+        where = partial(self._place, registry, name, planned_for, on_new_version)
+        plan, base, later = where()
+        loader = Loader(self._session, plan, base, reports=self.reports, reading=how, mutex=self._mutex, later=later)
+        self._loaders[name], self._places[name] = loader, where
         return loader
 
     def evaluation(
@@ -184,25 +208,11 @@ class DataPlane:
         how = reading(prefetch=prefetch, prefetch_bytes=prefetch_bytes, processes=processes, start=start, as_torch=as_torch)
         return Evaluation(self._session, plan, how)
 
-    def _dataset(self, registry: DatasetRegistry, name: str) -> Dataset:
-        """The data set; of an epoch that was begun with an earlier version, that one."""
-        current = registry.get(name)
-        base = (self._base or {}).get(name)
-        if base is None or base.digest == current.spec.digest:
-            return current
-        try:
-            earlier = registry.get(name, base.version)
-        except DatasetNotFound:
-            earlier = current
-        if earlier.spec.digest == base.digest:
-            log.warning("data set %s: the restored lineage is in the middle of version %d, so that is loaded", name, base.version)
-            return earlier
-        return current
-
     def consumed(self, batches: Any, step: int) -> None:
         """The trainer consumed these: a batch, several, or None.
 
-        Raises InvalidInput for what no loader of this run gave, or what was reported before.
+        Raises InvalidInput for what no loader of this run gave, what was reported before, or, in deterministic mode, what is not the next
+        batch; then none of them counts.
         """
         if batches is None:
             return
@@ -215,7 +225,7 @@ class DataPlane:
                 "whatever was made of it for the model",
                 field="batch",
             )
-        given, self._share = cast("Sequence[Batch]", some), None
+        given, by_name = cast("Sequence[Batch]", some), dict[str, list[Batch]]()
         for batch in given:
             if not batch.tracked:
                 raise InvalidInput(
@@ -229,7 +239,12 @@ class DataPlane:
                     f"{self._session.run.id}: what an ended run read ahead is read again",
                     field="batch",
                 )
-            loader.consume(batch, step)
+            by_name.setdefault(batch.dataset, []).append(batch)
+        for name, of in by_name.items():
+            self._loaders[name].check(of)
+        self._share = None
+        for batch in given:
+            self._loaders[batch.dataset].consume(batch, step)
         self._note(given, step)
 
     def _note(self, batches: Sequence[Batch], step: int) -> None:

@@ -18,8 +18,8 @@ from dtr.datasets.registering.spec import Dataset
 from dtr.datasets.timemachine.history import Consumed, History, Moment
 from dtr.datasets.timemachine.keeping import keep_skip
 from dtr.datasets.timemachine.skipping import tell_skip
-from dtr.datasets.timemachine.skips import Skip, checked
-from dtr.errors import CoordinatorUnavailable, InvalidInput, NotFound, StoreRefused, StoreUnavailable
+from dtr.datasets.timemachine.skips import Skip, checked, parse_target
+from dtr.errors import CoordinatorUnavailable, DatasetNotFound, InvalidInput, NotFound, StoreRefused, StoreUnavailable
 from dtr.state.client import translate
 from dtr.views.reading import reading
 from dtr.views.stored import Sources
@@ -178,11 +178,17 @@ def export(file: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def skip(sources: Sources, name: str, target: str, reason: str) -> SkipView:
+def skip(sources: Sources, name: str | None, target: str, reason: str) -> SkipView:
     """Leave samples out of a data set from now on; on record in Redis and, if one is known, in the store. Safe to repeat.
 
+    Args:
+        sources: Redis, and the store if one is known.
+        name: of the data set; None: of the one that has the file.
+        target: FILE:START-STOP.
+        reason: for people.
+
     Raises:
-        DatasetNotFound: there is no such data set.
+        DatasetNotFound: there is no such data set, or none that has the file.
         InvalidInput: it has no such samples, or no reason is given.
         CoordinatorUnavailable: nobody knows whether it is on record; do it again.
     """
@@ -190,7 +196,9 @@ def skip(sources: Sources, name: str, target: str, reason: str) -> SkipView:
     if state is None:
         raise CoordinatorUnavailable(f"a skip is put on record in Redis first; {sources.note}")
     with reading(state):
-        dataset = DatasetRegistry(state.url, job=state.job, client=state.redis).get(name)
+        registry = DatasetRegistry(state.url, job=state.job, client=state.redis)
+        dataset = registry.get(name) if name is not None else _having(registry, parse_target(target)[0])
+        name = dataset.spec.name
         where, record = checked(dataset, target, reason, state.server_now_ms())
         new = tell_skip(state, name, where, record)
     why_not = _keep(sources, name, where, record)
@@ -200,6 +208,18 @@ def skip(sources: Sources, name: str, target: str, reason: str) -> SkipView:
         job=state.job, dataset=name, version=dataset.spec.version, file=file, start=int(start), stop=int(stop),
         samples=int(stop) - int(start), reason=record.reason, new=new, in_store=not why_not, note=why_not,
     )  # fmt: skip
+
+
+def _having(registry: DatasetRegistry, file: str) -> Dataset:
+    """The one data set of the job that has a file; raises InvalidInput that names the candidates if there are several."""
+    everyone = [registry.get(spec.name) for spec in registry.list()]
+    found = [dataset for dataset in everyone if any(facts.file == file for facts in dataset.files)]
+    names = [dataset.spec.name for dataset in found or everyone]
+    if not found:
+        raise DatasetNotFound(f"no data set of the job has a file {file!r}; it has: {', '.join(names) or 'none'}", name=file)
+    if len(found) > 1:
+        raise InvalidInput(f"name: data sets {', '.join(names)} have a file {file!r}: name one of them before it", field="name")
+    return found[0]
 
 
 def _keep(sources: Sources, name: str, where: str, record: Skip) -> str:

@@ -40,7 +40,10 @@ TINY: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         ],
         {
             "ratios": ["over_bare_reader", "over_bare_reader_npy", "lease_over_evalsha", "report_over_evalsha"],
-            "figures": ["resume_s", "slowest_script_ms_1000", "samples_per_s", "mb_per_s", "core_share_1000", "redis_mb_1000"],
+            "figures": [
+                *("resume_s", "slowest_script_ms_1000", "slowest_on_the_clock_ms_1000", "samples_per_s", "mb_per_s"),
+                *("deterministic_samples_per_s", "deterministic_samples_per_s_npy", "core_share_1000", "redis_mb_1000"),
+            ],
         },
     ),
     "restore": (

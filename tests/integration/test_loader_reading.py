@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import multiprocessing
 import os
 import signal
@@ -18,9 +19,10 @@ import pytest
 
 from dtr.config import Settings
 from dtr.datasets.loading.batch import Batch, Order
-from dtr.errors import DataConflict, DatasetMismatch, DataUnavailable, ForkedProcess, InvalidInput
+from dtr.errors import ConfigError, DataConflict, DatasetMismatch, DataUnavailable, ForkedProcess, InvalidInput, StepUnknown
 from tests.loading import LoadingRank, loading, once_each, registered
 from tests.waiting import eventually
+from worker_agent import Agent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -263,3 +265,31 @@ def test_a_run_loads_a_data_set_in_one_way(settings: Settings, numbers: Path) ->
             job.ranks[0].loader(global_batch_size=8)
         with pytest.raises(InvalidInput, match="batch_size must be an integer from 1 to .*, got 0"):
             job.ranks[0].loader(batch_size=0)
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_copies_are_kept_where_the_agent_says(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """Given an agent with a folder and a budget of its own, when packed files are read, and read again, then nothing is elsewhere."""
+    monkeypatch.setenv("DTR_DATA_CACHE", str(tmp_path / "other"))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(b'{"id": %d}\n' % i for i in range(100))))
+    where: dict[str, Any] = {"job": settings.job, "staging": settings.staging, "ttl_s": 3.0, "data_cache": str(tmp_path / "own")}
+    with Agent("w0", settings.redis_url, 1, **where) as agent:
+        agent.datasets.register("packed", path=tmp_path / "packed", format="jsonl", shard_size=25)
+        for batch in agent.loader("packed", batch_size=10, processes=processes):
+            agent.step(batch)
+        (again,) = eventually(lambda: replayed(agent, 3), what="the report of step 3")
+        assert len(again) == 10
+    with Agent("w0", settings.redis_url, 1, **where, data_cache_bytes=8) as agent:
+        (tmp_path / "packed" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 50))
+        with pytest.raises(ConfigError, match="8 is what the copies"):
+            agent.datasets.register("packed", path=tmp_path / "packed", format="jsonl", shard_size=25)
+    assert os.listdir(tmp_path / "own") and not (tmp_path / "other").exists()
+
+
+def replayed(agent: Agent, step: int) -> list[Batch]:
+    """The step's batches; nothing as long as Redis has not heard of it."""
+    try:
+        return agent.replay(step)
+    except StepUnknown:
+        return []

@@ -1,7 +1,8 @@
 """What one rank has handed to its trainer and what its trainer has consumed of one data set in one run. Pure bookkeeping in memory.
 
-Handed out is not consumed: only `consume` makes it so, after the optimizer step. What an epoch handed out and nobody reported by the time
-that its trainer reports a batch of the next one is on record as dropped, since a finished epoch is only a number.
+Handed out is not consumed: only `consume` makes it so, after the optimizer step. In dynamic mode, what an epoch handed out and nobody
+reported by the time that its trainer reports a batch of the next one is on record as dropped, since a finished epoch is only a number. In
+deterministic mode the state is a cursor, which has no place for a batch that was left out: batches are reported one after the other.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ class Consumption:
     Args:
         start: where the run begins; of it only the facts of the sequence and, in deterministic mode, the cursor.
         size_of: samples in a shard.
+        batches: of an epoch, in deterministic mode.
         skips: those that this rank knows.
     """
 
-    def __init__(self, start: Dynamic | Cursor, size_of: Callable[[int], int], skips: Callable[[], Skips] = dict) -> None:
-        self._start, self._size_of, self._skips = start, size_of, skips
+    def __init__(self, start: Dynamic | Cursor, size_of: Callable[[int], int], batches: int = 0, skips: Callable[[], Skips] = dict) -> None:
+        self._start, self._size_of, self._batches, self._skips = start, size_of, batches, skips
         self.epoch = start.epoch
         self.samples = 0  # consumed in this epoch
         self._cursor = start.batch if isinstance(start, Cursor) else 0
@@ -44,19 +46,40 @@ class Consumption:
         if isinstance(self._start, Dynamic):
             _add(self._handed.setdefault(batch.epoch, {}), batch.ranges)
 
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Whether the trainer may report these, in this order; changes nothing.
+
+        Raises InvalidInput if one was reported before, belongs to an epoch that is over, or, in deterministic mode, is not the next.
+        """
+        epoch, cursor, given = self.epoch, self._cursor, set[tuple[int, int]]()
+        for batch in batches:
+            at = (batch.epoch, batch.number)
+            following = (epoch, cursor) if cursor < self._batches else (epoch + 1, 0)
+            known = at in given or (batch.epoch == self.epoch and self._is_known(batch))
+            if batch.epoch < epoch or known:
+                raise InvalidInput(
+                    f"batch {batch.number} of epoch {batch.epoch} of data set {batch.dataset!r} was reported before: give each batch to "
+                    "step() once",
+                    field="batch",
+                )
+            if isinstance(self._start, Cursor) and at != following:
+                raise InvalidInput(
+                    f"batch {following[1]} of epoch {following[0]} of data set {batch.dataset!r} was not passed to step(), and batch "
+                    f"{batch.number} of epoch {batch.epoch} is: pass every batch, in order; pass a batch that you left out of the "
+                    "optimizer step too",
+                    field="batch",
+                )
+            given.add(at)
+            epoch, cursor = batch.epoch, batch.number + 1
+
     def consume(self, batch: Batch) -> None:
-        """The trainer has consumed a batch. Raises InvalidInput if it was reported before, or belongs to an epoch that is over."""
-        if batch.epoch < self.epoch or (batch.epoch == self.epoch and self._is_known(batch)):
-            raise InvalidInput(
-                f"batch {batch.number} of epoch {batch.epoch} of data set {batch.dataset!r} was reported before: give each batch to "
-                "step() once",
-                field="batch",
-            )
+        """The trainer has consumed a batch. Raises as `check`."""
+        self.check([batch])
         if batch.epoch > self.epoch:
             self._turn_to(batch.epoch)
         if isinstance(self._start, Dynamic):
             self._add(batch)
-        self._cursor = max(self._cursor, batch.number + 1)
+        self._cursor = batch.number + 1
         self.samples += sum(stop - start for _, start, stop in batch.ranges)
         for kind, given in (("padded", batch.padded), ("skipped", batch.skipped)):
             for shard, start, stop in given:

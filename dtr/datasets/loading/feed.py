@@ -41,11 +41,12 @@ from dtr.datasets.loading.plan import Plan, Tail
 from dtr.datasets.loading.shuffle import epoch_order
 from dtr.datasets.registering.assignment import Assignment
 from dtr.datasets.timemachine.skipping import Skipping, Split
+from dtr.datasets.timemachine.skips import Skips
 from dtr.errors import CoordinatorRefused, CoordinatorUnavailable
 from dtr.failpoints import failpoint
 from dtr.session import Session
 
-__all__ = ["Stopped", "Surroundings", "batches_of", "deterministic_orders", "dynamic_orders", "global_share"]
+__all__ = ["Stopped", "Surroundings", "batches_of", "deterministic_orders", "dynamic_orders", "global_share", "left_from"]
 
 POLL_S: Final = (0.005, 0.05)
 RETRY_S: Final = 0.2
@@ -141,6 +142,7 @@ class _Epoch:
         self._have = 0
         self._dry = False
         self._last: tuple[SampleRange, ...] = ()
+        self._skips: Skips = {}  # that the stock is without
 
     def orders(self) -> Orders:
         self._around.persist(lambda: self._ledger.open(self._base))
@@ -148,6 +150,7 @@ class _Epoch:
         while True:
             lane = self._lanes[self._number % len(self._lanes)]
             self._forget_unread()
+            self._forget_skipped()
             while _stock(lane) < self._plan.batch_size and not self._dry:
                 self._lease(lane)
             if not self._goes_on():
@@ -214,6 +217,28 @@ class _Epoch:
                 kept = [piece for piece in lane if piece.shard not in gone]
                 lane.clear()
                 lane.extend(kept)
+
+    def _forget_skipped(self) -> None:
+        """What was skipped since its shard was leased is ordered no more. Batches that were promised are given, smaller or padded."""
+        skipping = self._around.skipping
+        skipping.look()
+        if skipping.known is self._skips:
+            return
+        self._skips = skipping.known
+        for lane in self._lanes:
+            for piece in lane:
+                held = tuple(piece.left)
+                left = ranges.minus(held, skipping.of(piece.shard))
+                if left != held:
+                    skipped = ranges.format_ranges(ranges.minus(held, left))
+                    self._around.note("skipped", self._base.epoch, piece.shard, skipped)
+                    piece.left = deque(left)
+            kept = [piece for piece in lane if piece.left]
+            lane.clear()
+            lane.extend(kept)
+        self._last = tuple(
+            (shard, *held) for shard, start, stop in self._last for held in ranges.minus(((start, stop),), skipping.of(shard))
+        )  # nor is it repeated as padding
 
     def _goes_on(self) -> bool:
         """Whether the epoch has this batch; waits until that is known."""
@@ -337,7 +362,7 @@ def deterministic_orders(plan: Plan, base: Cursor, around: Surroundings) -> Orde
             yield global_share(
                 plan, order, around.skipping.split, epoch=epoch, number=at, run=run.id, rank=run.rank, world_size=run.world_size
             )
-        for shard, held in _of_shards(order, batches * plan.batch_size).items():
+        for shard, held in left_from(order, batches * plan.batch_size).items():
             around.note("dropped", epoch, shard, ranges.format_ranges(held))
         epoch, number = epoch + 1, 0
 
@@ -347,7 +372,7 @@ def batches_of(samples: int, global_batch_size: int, tail: Tail) -> int:
     return samples // global_batch_size if tail == "drop" else -(-samples // global_batch_size)
 
 
-def _of_shards(order: EpochOrder, start: int) -> dict[int, ranges.Ranges]:
+def left_from(order: EpochOrder, start: int) -> dict[int, ranges.Ranges]:
     """Shard -> positions of the samples from this place of the epoch on."""
     found: dict[int, list[tuple[int, int]]] = {}
     if start < order.samples:

@@ -34,14 +34,14 @@ from dtr.datasets.consuming.ledger import Ledger
 from dtr.datasets.consuming.reports import Reports
 from dtr.datasets.consuming.standing import standing
 from dtr.datasets.loading.batch import Batch, Order
-from dtr.datasets.loading.feed import Stopped, Surroundings, deterministic_orders, dynamic_orders
+from dtr.datasets.loading.feed import Stopped, Surroundings, batches_of, deterministic_orders, dynamic_orders
 from dtr.datasets.loading.fetch import Reader
 from dtr.datasets.loading.plan import Plan, Reading
 from dtr.datasets.loading.processes import read_by_processes
 from dtr.datasets.loading.readahead import ReadAhead
 from dtr.datasets.registering.speed import pace_of
 from dtr.datasets.timemachine.skipping import Skipping
-from dtr.errors import DataConflict, ForkedProcess, RosterChanged, StateCorrupt
+from dtr.errors import DataConflict, DatasetChanged, ForkedProcess, RosterChanged, StateCorrupt
 from dtr.failpoints import failpoint
 from dtr.session import Session
 
@@ -69,12 +69,14 @@ class Loader:
         reports: of this process.
         reading: how to read ahead.
         mutex: guards ``consumption``, which saves look at.
+        later: the version of the data set that was registered since the one of the plan; 0: none.
     """
 
-    def __init__(self, session: Session, plan: Plan, base: DataState, *, reports: Reports, reading: Reading, mutex: Lock) -> None:
-        self.plan, self.reading = plan, reading
+    def __init__(
+        self, session: Session, plan: Plan, base: DataState, *, reports: Reports, reading: Reading, mutex: Lock, later: int = 0
+    ) -> None:
+        self.reading = reading
         self._session, self._run, self._mutex, self._pid = session, session.run, mutex, os.getpid()
-        self._skipping = Skipping(session, plan.dataset, base.skips)
         self._reports = reports
         self._pace = pace_of(session, plan.dataset.spec.name)
         self._way = ""  # how batches are taken: once it is known, it stays
@@ -82,13 +84,16 @@ class Loader:
         self._lanes = max(1, reading.processes)
         self.exhausted = False
         self._closed = False
-        self._at: tuple[int, int] | None = None  # epoch and number of the batch that was consumed last
-        self._begin(base)
+        self._given: tuple[int, int] | None = None  # epoch and number of the batch that was handed out last,
+        self._at: tuple[int, int] | None = None  # and of the one that was consumed last
+        self.begin(plan, base, later)
 
-    def _begin(self, base: DataState) -> None:
-        plan = self.plan
-        self.base = base
-        self.consumption = Consumption(base, plan.dataset.size_of, lambda: self._skipping.known)
+    def begin(self, plan: Plan, base: DataState, later: int = 0) -> None:
+        """Begin anew, at another place; before the first batch."""
+        self.plan, self.base, self._later = plan, base, later
+        self._skipping = Skipping(self._session, plan.dataset, base.skips)
+        batches = batches_of(plan.dataset.spec.total_samples, plan.batch_size, plan.tail)
+        self.consumption = Consumption(base, plan.dataset.size_of, batches, lambda: self._skipping.known)
         self._handout = Handout(self._session, plan, base, self._reports, self._samples)
         self._reader = Reader(plan, self.reading, lanes=self._lanes)
         self._around = Surroundings(
@@ -178,10 +183,20 @@ class Loader:
         except StopIteration:
             self.exhausted = True
             raise
+        except DatasetChanged as exc:
+            if not self._later:
+                raise
+            raise DatasetChanged(
+                f"{exc.message}. The lineage is in the middle of epoch {self.base.epoch} of version {self.plan.dataset.spec.version}, and "
+                f"version {self._later} is registered: put the file back and finish the epoch, or abandon it with "
+                "agent.loader(..., on_new_version='abandon_epoch'), which has its rest on record as dropped",
+                **exc.facts,
+            ) from exc
 
     def _hand_out(self, batch: Batch | Order) -> None:
         with self._mutex:
             self.consumption.hand_out(batch)
+        self._given = (batch.epoch, batch.number)
         failpoint("load.before_report")
         self._handout.give(batch)
         failpoint("load.after_report")
@@ -231,12 +246,12 @@ class Loader:
     def _standing(self) -> DataState:
         spec, base = self.plan.dataset.spec, self.base
         with self._mutex:
-            own = self.consumption.state()
+            own, left = self.consumption.state(), self.consumption.unreported()
         mine = merged(spec.name, [base, own])
         if isinstance(base, Cursor) or not isinstance(own, Dynamic) or self._at is None:
             return mine
         epoch, number = self._at
-        if self.exhausted and self.plan.epochs is not None and not self._drawn:
+        if self.exhausted and self.plan.epochs is not None and self._at == self._given and not left:
             return Dynamic(
                 version=spec.version, digest=spec.digest, seed=self.plan.seed, epoch=self.plan.epochs, notes=mine.notes, skips=mine.skips
             )
@@ -255,11 +270,12 @@ class Loader:
             DataConflict: batches were taken already, or the states are of another data set or sequence.
             StateCorrupt: it is no state.
         """
-        if self._way:
+        if self.begun:
             raise DataConflict("load_state_dict() must come before the first batch of this run", name=self._name)
         states = [state] if isinstance(state, Mapping) else list(state)
-        self._begin(going_on(self.plan, merged(self._name, [self._parsed(one) for one in states])))
-        self._skipping.restored(self.base.skips)
+        known = self._skipping.known
+        self.begin(self.plan, going_on(self.plan, merged(self._name, [self._parsed(one) for one in states])), self._later)
+        self._skipping.restored(known)
 
     def _parsed(self, state: Mapping[str, Any]) -> DataState:
         text = state.get(STATE) if isinstance(state, Mapping) else None
@@ -272,10 +288,15 @@ class Loader:
 
     # --- what is told -----------------------------------------------------------------------------------------------
 
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Whether the trainer may report these; see `Consumption.check`."""
+        with self._mutex:
+            self.consumption.check(batches)
+
     def consume(self, batch: Batch, step: int) -> None:
         """The trainer consumed a batch of this loader; called by ``agent.step``.
 
-        Raises InvalidInput if it was reported before.
+        Raises InvalidInput if it was reported before, or another was to be reported first.
         """
         with self._mutex:
             self.consumption.consume(batch)
@@ -321,6 +342,11 @@ class Loader:
         if self._pid == os.getpid():
             self._batches.join(timeout_s)
             self._orders.join(timeout_s)
+
+    @property
+    def begun(self) -> bool:
+        """Whether batches were asked for."""
+        return bool(self._way)
 
     @property
     def run(self) -> str:

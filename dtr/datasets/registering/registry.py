@@ -25,6 +25,7 @@ from dtr.datasets.registering.assignment import Assignment
 from dtr.datasets.registering.counting import alone
 from dtr.datasets.registering.declared import check_total, dataset_of, declare, is_registered
 from dtr.datasets.registering.spec import Dataset, DatasetSpec, FileFacts, Shard, digest_of
+from dtr.datasets.sources.copies import Copies
 from dtr.datasets.sources.files import Found, find_files, measure_files
 from dtr.errors import DatasetMismatch, DatasetNotFound, ForkedProcess, InvalidInput, StateCorrupt
 from dtr.session import Session
@@ -54,11 +55,14 @@ class DatasetRegistry:
         url: of the Redis server; default: the setting ``redis_url``.
         job: ``name`` or ``tenant/name``; default: the setting ``job``.
         client: another client to use, for tests on fakeredis.
+        settings: where copies of files are kept, ``data_cache`` and ``data_cache_bytes``; default: as the environment says.
     """
 
-    def __init__(self, url: str | None = None, *, job: str | None = None, client: redis.Redis | None = None) -> None:
-        settings = Settings.load(redis_url=url, job=job)
-        self._url, self._job = settings.redis_url, settings.job
+    def __init__(
+        self, url: str | None = None, *, job: str | None = None, client: redis.Redis | None = None, settings: Settings | None = None
+    ) -> None:
+        own = Settings.load(redis_url=url, job=job)
+        self._url, self._job, self._copies = own.redis_url, own.job, Copies.of(settings or own)
         self._state = JobState(self._url, self._job, name="dtr-data", client=client)
         self._known: dict[str, Dataset] = {}
         self._counted: tuple[Found, Format, int, tuple[FileFacts, ...]] | None = None
@@ -133,7 +137,7 @@ class DatasetRegistry:
     def _measured(self, found: Found, format: Format, shard_size: int) -> tuple[FileFacts, ...]:
         """Every file's facts; those that were counted and could not be registered, as Redis was away, are not counted again."""
         if self._counted is None or self._counted[:3] != (found, format, shard_size):
-            self._counted = (found, format, shard_size, measure_files(found, format, shard_size))
+            self._counted = (found, format, shard_size, measure_files(found, format, shard_size, self._copies))
         return self._counted[3]
 
     def get(self, name: str, version: int | None = None) -> Dataset:
@@ -154,7 +158,7 @@ class DatasetRegistry:
             which = f"{name!r}" if version is None else f"{name!r} version {version}"
             known = ", ".join(spec.name for spec in self.list()) or "none"
             raise DatasetNotFound(f"job {self._job} has no data set {which}; it has: {known}. Register it with register().", name=name)
-        return found
+        return replace(found, copies=self._copies)
 
     def list(self) -> Specs:
         """The current spec of every data set, sorted by name. Raises CoordinatorUnavailable if Redis cannot be reached."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dtr.datasets.formats import Columns, Format, Span, format_of_fields
 from dtr.datasets.sources.cache import EXHAUSTED
-from dtr.datasets.sources.copies import Stamp, compression_of, copies, difference, is_remote
+from dtr.datasets.sources.copies import Copies, Stamp, compression_of, copies, difference, is_remote
 from dtr.errors import DatasetChanged, DatasetMismatch, DataUnavailable, DtrError, InvalidInput, StateCorrupt
 
 __all__ = ["Dataset", "DatasetSpec", "FileFacts", "Shard", "digest_of"]
@@ -168,6 +168,7 @@ class Shard:
     format: Format = field(repr=False)
     span: Span = field(repr=False)
     stamp: Stamp = field(repr=False)
+    copies: Copies | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}[{self.start}:{self.stop}]"
@@ -250,7 +251,7 @@ class Shard:
     def _open(self) -> BufferedReader:
         if self._is_copy():
             self.check_unchanged()
-            return copies().open(self.folder, self.file, self.stamp)
+            return (self.copies or copies()).open(self.folder, self.file, self.stamp)
         try:
             file = open(self.path, "rb")  # noqa: SIM115 - the caller closes it
         except OSError as exc:
@@ -286,10 +287,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A data set's spec with its files. Shards count from 0 through the files in their order; none crosses a file."""
+    """A data set's spec with its files. Shards count from 0 through the files in their order; none crosses a file.
+
+    ``copies`` is where this process, and those that it hands shards to, keep copies of files; None: where the environment says.
+    """
 
     spec: DatasetSpec
     files: tuple[FileFacts, ...]
+    copies: Copies | None = field(default=None, repr=False, compare=False)
     first_shards: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -324,6 +329,7 @@ class Dataset:
             format=spec.format,
             span=Span(start=start, stop=stop, first_byte=first_byte, end_byte=end_byte),
             stamp=facts.stamp,
+            copies=self.copies,
         )
 
     def size_of(self, index: int) -> int:

@@ -58,9 +58,8 @@ def remote_store(url: str) -> Store:
 
 @cache
 def copies() -> Copies:
-    """Those of this host, as the settings ``data_cache`` and ``data_cache_bytes`` say."""
-    settings = Settings.load()
-    return Copies(folder=settings.data_cache, budget_bytes=settings.data_cache_bytes)
+    """Those of this host, as the environment's ``data_cache`` and ``data_cache_bytes`` say."""
+    return Copies.of(Settings.load())
 
 
 def stamp_of(folder: str, file: str) -> Stamp:
@@ -78,6 +77,11 @@ class Copies:
 
     folder: str
     budget_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """As the settings ``data_cache`` and ``data_cache_bytes`` say."""
+        return cls(folder=settings.data_cache, budget_bytes=settings.data_cache_bytes)
 
     def open(self, folder: str, file: str, stamp: Stamp) -> BufferedReader:
         """The plain content of ``file`` in ``folder``, which is a path or a store's URL, opened for reading.

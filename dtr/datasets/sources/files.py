@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from dtr.datasets.formats import START_BYTES, Format
 from dtr.datasets.registering.spec import FileFacts
 from dtr.datasets.sources.cache import EXHAUSTED
-from dtr.datasets.sources.copies import Stamp, compression_of, copies, first_bytes, is_remote, remote_store, stamp_of
+from dtr.datasets.sources.copies import Copies, Stamp, compression_of, copies, first_bytes, is_remote, remote_store, stamp_of
 from dtr.datasets.sources.listing import expand, index_of, static_folder
 from dtr.errors import ConfigError, DatasetMismatch, DataUnavailable, DtrError, InvalidInput, NotFound
 from dtr.placement import MAX_SHARDS
@@ -81,8 +81,10 @@ def find_files(path: Any, format: Format) -> Found:
     return Found(path=where, folder=folder, files=tuple(files), stamps=_stamps(folder, files), counts=counts)
 
 
-def measure_files(found: Found, format: Format, shard_size: int) -> tuple[FileFacts, ...]:
+def measure_files(found: Found, format: Format, shard_size: int, kept: Copies | None = None) -> tuple[FileFacts, ...]:
     """Count the samples of each file, several at once; shows how far it is where somebody watches, else logs it.
+
+    ``kept`` is where copies of files are kept; default: where the environment says.
 
     Raises DatasetMismatch, naming the file, if one is damaged, cannot be read, changes meanwhile, or holds another number of samples
     than the index says.
@@ -90,7 +92,7 @@ def measure_files(found: Found, format: Format, shard_size: int) -> tuple[FileFa
     from rich.console import Console  # here, since trainers must start fast
     from rich.progress import Progress
 
-    measure = partial(_measured, found, format, shard_size)
+    measure = partial(_measured, found, format, shard_size, kept)
     facts: list[FileFacts] = []
     console, told = Console(stderr=True), time.monotonic()
     watched = sys.stderr.isatty() and len(found.files) > 1
@@ -221,7 +223,7 @@ def _stamp(path: str) -> Stamp:
     return Stamp(size_bytes=facts.st_size, mtime_ns=facts.st_mtime_ns)
 
 
-def _measured(found: Found, format: Format, shard_size: int, number: int) -> FileFacts:
+def _measured(found: Found, format: Format, shard_size: int, kept: Copies | None, number: int) -> FileFacts:
     file, stamp = found.files[number], found.stamps[number]
     path, counted = os.path.join(found.folder.partition("?")[0] if is_remote(found.folder) else found.folder, file), found.counts.get(file)
     copied = is_remote(found.folder) or bool(compression_of(file))
@@ -230,7 +232,7 @@ def _measured(found: Found, format: Format, shard_size: int, number: int) -> Fil
         _check_count(path, counted, promised)  # a look at its beginning, instead of a copy of it all
         return _facts(file, stamp, samples=counted)
     try:
-        with copies().open(found.folder, file, stamp) if copied else open(path, "rb") as opened:
+        with (kept or copies()).open(found.folder, file, stamp) if copied else open(path, "rb") as opened:
             before = os.fstat(opened.fileno())
             measure = format.measure(opened, shard_size)
             after = os.fstat(opened.fileno())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 import numpy as np
@@ -28,6 +28,7 @@ from dtr.datasets.loading.reading import Rows
 from dtr.datasets.registering import described
 from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.datasets.registering.spec import Dataset
+from dtr.datasets.sources.copies import Copies
 from dtr.datasets.timemachine.journal import Account, Origin, Row, decode, merged_accounts, parse_account
 from dtr.datasets.timemachine.skipping import Places
 from dtr.errors import CoordinatorUnavailable, DatasetNotFound, NotFound, StateCorrupt, StepUnknown
@@ -103,17 +104,20 @@ class Moment:
 
 
 @contextmanager
-def history_of(*, url: str | None = None, job: str | None = None, store: str | None = None) -> Iterator[History]:
+def history_of(
+    *, url: str | None = None, job: str | None = None, store: str | None = None, settings: Settings | None = None
+) -> Iterator[History]:
     """The history of a job for a program without an agent, from Redis and the store; with a store, Redis may be away.
 
     Args:
         url: of Redis; default: the setting ``redis_url``.
         job: ``name`` or ``tenant/name``; default: the setting ``job``.
         store: where its checkpoints are; default: the setting ``store``; without one, Redis alone is asked.
+        settings: all of these and where copies of files are kept; default: the environment's.
 
     Raises CoordinatorUnavailable if Redis is away and there is no store.
     """
-    settings = Settings.load(redis_url=url, job=job, store=store)
+    settings = settings or Settings.load(redis_url=url, job=job, store=store)
     state = JobState(settings.redis_url, settings.job, name="dtr-history")
     try:
         try:
@@ -124,7 +128,8 @@ def history_of(*, url: str | None = None, job: str | None = None, store: str | N
                 raise
             there = None
         base = open_store(settings.store) if settings.store else None
-        yield History(there, None if base is None else base.child(settings.job), "" if base is None else base.url)
+        folder, store_url = (None, "") if base is None else (base.child(settings.job), base.url)
+        yield History(there, folder, store_url, copies=Copies.of(settings))
     finally:
         state.close()
 
@@ -136,10 +141,11 @@ class History:
         state: the job in Redis; None without one.
         store: the job's folder in its store; None without one.
         store_url: of the store as users name it.
+        copies: where copies of files are kept; None: where the environment says.
     """
 
-    def __init__(self, state: JobState | None, store: Store | None, store_url: str = "") -> None:
-        self._state, self._store, self._store_url = state, store, store_url
+    def __init__(self, state: JobState | None, store: Store | None, store_url: str = "", *, copies: Copies | None = None) -> None:
+        self._state, self._store, self._store_url, self._copies = state, store, store_url, copies
         self._datasets: dict[tuple[str, str], Dataset] = {}
         self._orders: dict[tuple[str, Origin, int], EpochOrder] = {}
 
@@ -178,6 +184,9 @@ class History:
         return Moment(run=run, step=step, on_lineage=lineage.takes(run, step), source=source, consumed=tuple(consumed))
 
     def _unknown(self, run: str, step: int, rank: int | None) -> str:
+        newest = self._newest(run)
+        if newest is not None and newest < step:
+            return f"nobody has consumed step {step} of run {run} yet: Redis has its steps up to {newest}"
         who = "no rank" if rank is None else f"rank {rank} did not"
         why = f"{who} passed a batch to agent.step() then" if rank is None else f"{who} pass a batch to agent.step() then"
         if self._store is None:
@@ -185,6 +194,14 @@ class History:
         where = "neither Redis nor the store has a" if self._state is not None else "the store has no"
         lost = "it is newer than the newest commit" + (", and Redis was emptied" if self._state is not None else "")
         return f"{where} record of step {step} of run {run}: {why}, or {lost}"
+
+    def _newest(self, run: str) -> int | None:
+        """The newest step of a run that Redis has on record; of its first rank, since all ranks go step by step."""
+        if self._state is None:
+            return None
+        with translate(self._state.url):
+            found: Any = self._state.redis.xrevrange(self._state.keys.journal(run, 0), count=1)
+        return int(found[0][0].partition("-")[0]) if found else None
 
     # --- which run --------------------------------------------------------------------------------------------------
 
@@ -262,7 +279,7 @@ class History:
     def dataset(self, name: str, digest: str, version: int | None = None) -> Dataset:
         """A data set by its digest, from Redis or the store; raises DatasetNotFound."""
         if (name, digest) not in self._datasets:
-            self._datasets[name, digest] = self._find_dataset(name, digest, version)
+            self._datasets[name, digest] = replace(self._find_dataset(name, digest, version), copies=self._copies)
         return self._datasets[name, digest]
 
     def _find_dataset(self, name: str, digest: str, version: int | None) -> Dataset:

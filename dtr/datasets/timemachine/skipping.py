@@ -6,9 +6,9 @@
     manifest         has all that any rank knew; who restores it knows them, and tells Redis again what Redis has lost
 
 So ranks may learn of a skip at different moments. That needs no agreement: each sample is one rank's to give, and that rank's alone to
-leave out. In dynamic mode it holds for every shard that is read from then on. In deterministic mode the places of the epoch stay as they
-are and the batch that would have had the sample is smaller, so every rank goes on through the same sequence of global batches, whenever
-it learned; what was left out is in the data state by epoch and sample. Redis away: the skips that are known hold.
+leave out. In dynamic mode it holds for every sample that is ordered from then on. In deterministic mode the places of the epoch stay as
+they are and the batch that would have had the sample is smaller, so every rank goes on through the same sequence of global batches,
+whenever it learned; what was left out is in the data state by epoch and sample. Redis away: the skips that are known hold.
 """
 
 from __future__ import annotations
