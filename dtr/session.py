@@ -146,14 +146,18 @@ class Session:
                 self._ended = ended
 
     def _why_ended(self, run: Run) -> RosterChanged | StaleIncarnation | None:
-        """Who departed from ``run``, and why; None if it is open. If that was this very process, it must not go on."""
-        ended = why_ended(self.state, run.id)
-        if ended is not None and ended.worker == self.worker_id:
+        """Who departed from ``run``, and why; None if it is open. If that was this very process, it must not go on.
+
+        One that registered again since, because Redis had lost writes, is its own successor, and goes on.
+        """
+        ended, who = why_ended(self.state, run.id), self._presence.identity
+        its_own = who is None or not self._presence.stands(who) or who.incarnation != run.roster[self.worker_id].incarnation
+        if ended is not None and ended.worker == self.worker_id and not its_own:
             return self._stale(StaleIncarnation(f"{self.worker_id} must not go on: it departed from run {run.id}"))
         return ended
 
-    def _state_lost(self, detail: str, known: Identity) -> None:
-        """Redis forgot this member: it registers again; the run is over and the next form() makes another."""
+    def _state_lost(self, detail: str, known: Identity) -> RosterChanged:
+        """Redis forgot this member: it registers again; the run is over, as the error says, and the next form() makes another."""
         ended = RosterChanged(
             f"run {self._last_run or '-'} ended: Redis lost the state of the job ({detail}). Call form() to join the next run.",
             run=self._last_run, worker=None, rank=None, reason="state lost",
@@ -162,6 +166,7 @@ class Session:
             self._ended = ended
             self._writes.forget()
             log.warning("Redis lost the state of job %s (%s): %s registers again", self.settings.job, detail, self.worker_id)
+        return ended
 
     def _stale(self, exc: StaleIncarnation) -> StaleIncarnation:
         """The error that says why this registration ended; nothing of this process may go on."""
@@ -286,9 +291,9 @@ class Session:
         try:
             return call()
         except StateLost as exc:
-            self._state_lost(str(exc), known)
+            lost = self._state_lost(str(exc), known)
             self.check()
-            raise
+            raise lost from None  # the thread that beats has heard of it first, and is about to say so
         except StaleIncarnation as exc:
             if not self._presence.stands(known):
                 self.check()
