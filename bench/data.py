@@ -1,13 +1,15 @@
 """What the data plane costs: the loader against the bare reader of the same files, the ledger against bare scripts, and resuming.
 
-The loader of one rank, ledger and all, against a loop that reads the same shards one after the other, in alternating rounds, and beside
-the loaders of :mod:`bench.data_peers`; their figures and ratios are absent where they are not installed. A lease and a report against an
-EVALSHA that does nothing with the same keys and arguments, over the same client. The time from a restored data state in the middle of ten
-million samples to the first batch. Then an epoch of 1,000 workers on 100,000 shards: :mod:`bench.data_crowd`.
+The loader of one rank, ledger and all, against a loop over the same files that shares no code with it, of orjson and of numpy, in
+alternating rounds; in deterministic mode, too; and beside the loaders of :mod:`bench.data_peers`, whose figures and ratios are absent where
+they are not installed. A lease and a report against an EVALSHA that does nothing, with the same keys and arguments and as many on their way
+at once: leases one by one, reports by the hundred. The time from a restored data state in the middle of ten million samples to the first
+batch. Then an epoch of 1,000 workers on 100,000 shards: :mod:`bench.data_crowd`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
+from hiredis import pack_command
 
 from bench import data_crowd, data_peers, server
 from bench.report import Report, parser
@@ -38,6 +42,9 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 256, "global_batch_size": None, "epochs": 1, "columns": None, "seed": 0, "prefetch": 4, "mode": "dynamic",
     "tail": "empty", "window": None,
 }  # fmt: skip
+IN_SEQUENCE = OPTIONS | {"mode": "deterministic", "batch_size": None, "global_batch_size": OPTIONS["batch_size"]}
+CANDIDATES = 64  # as a loader asks for
+AT_ONCE = 500  # operations of a kind, before it is another one's turn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,25 +101,54 @@ def _rank(url: str, folder: Path, job: str) -> Iterator[tuple[DataPlane, Dataset
 
 def _reading(url: str, folder: Path, samples: int, rounds: int, found: _Found) -> None:
     for kind, size_bytes in {"jsonl": _write_lines(folder / "jsonl", samples), "npy": _write_rows(folder / "npy", samples)}.items():
-        _read(url, folder, kind, "" if kind == "jsonl" else f"_{kind}", (samples, size_bytes), rounds, found)
+        key = "" if kind == "jsonl" else f"_{kind}"
+        _read(url, folder, kind, key, (samples, size_bytes), rounds, found)
+        took_s = [_loading_s(url, folder, kind, f"sequence-{kind}-{n}", IN_SEQUENCE) for n in range(rounds)]
+        found.figures[f"deterministic_samples_per_s{key}"] = samples / statistics.median(took_s)
 
 
 def _read(url: str, folder: Path, kind: str, key: str, size: tuple[int, int], rounds: int, found: _Found) -> None:
-    """Loader and bare reader over ``folder / kind``; ``size`` is in samples and bytes."""
+    """Loader and, where there is one, bare reader over ``folder / kind``; ``size`` is in samples and bytes."""
     samples, size_bytes = size
     pairs = []
     for n in range(rounds + 1):
-        with _rank(url, folder, f"read-{kind}-{n}") as (plane, registry, _):
-            registry.register("d", path=folder / kind, format=kind, shard_size=5_000)
-            bare_s = _timed(lambda registry=registry: [shard.read() for shard in registry.get("d").shards()] and None)  # type: ignore[misc]
-            loader_s = _timed(lambda plane=plane, registry=registry: _consume(plane, registry))  # type: ignore[misc]
-            plane.end_run()
+        bare_s = _timed(lambda: BARE[kind](folder / kind)) if kind in BARE else 0.0
+        loader_s = _loading_s(url, folder, kind, f"read-{kind}-{n}", OPTIONS)
         if n:  # the first round warms the page cache
             pairs.append((bare_s, loader_s))
     median_s = statistics.median(loader for _, loader in pairs)
     found.figures[f"samples_per_s{key}"], found.figures[f"mb_per_s{key}"] = samples / median_s, size_bytes / 1e6 / median_s
-    found.limit[f"bare_samples_per_s{key}"] = samples / statistics.median(bare for bare, _ in pairs)
-    found.ratios[f"over_bare_reader{key}"] = statistics.median(bare / loader for bare, loader in pairs)
+    if kind in BARE:
+        found.limit[f"bare_samples_per_s{key}"] = samples / statistics.median(bare for bare, _ in pairs)
+        found.ratios[f"over_bare_reader{key}"] = statistics.median(bare / loader for bare, loader in pairs)
+
+
+def _loading_s(url: str, folder: Path, kind: str, job: str, options: dict[str, Any]) -> float:
+    with _rank(url, folder, job) as (plane, registry, _):
+        registry.register("d", path=folder / kind, format=kind, shard_size=5_000)
+        took_s = _timed(lambda: _consume(plane, registry, options))
+        plane.end_run()
+    return took_s
+
+
+def _bare_lines(folder: Path) -> None:
+    """What anybody would write: a batch of lines at a time, parsed, and its columns as arrays."""
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            while lines := list(itertools.islice(file, OPTIONS["batch_size"])):
+                rows = [orjson.loads(line) for line in lines]
+                _ = {column: np.array([row[column] for row in rows]) for column in rows[0]}
+
+
+def _bare_rows(folder: Path) -> None:
+    size = OPTIONS["batch_size"]
+    for path in sorted(folder.iterdir()):
+        rows = np.load(path)
+        for start in range(0, len(rows), size):
+            _ = rows[start : start + size]
+
+
+BARE: dict[str, Callable[[Path], None]] = {"jsonl": _bare_lines, "npy": _bare_rows}
 
 
 def _beside_peers(url: str, folder: Path, samples: int, rounds: int, found: _Found) -> None:
@@ -127,8 +163,8 @@ def _beside_peers(url: str, folder: Path, samples: int, rounds: int, found: _Fou
             found.ratios[f"over_{peer}"] = found.figures[f"samples_per_s{key}"] / speeds[peer]
 
 
-def _consume(plane: DataPlane, registry: DatasetRegistry) -> None:
-    for step, batch in enumerate(plane.loader(registry, "d", **OPTIONS)):
+def _consume(plane: DataPlane, registry: DatasetRegistry, options: dict[str, Any]) -> None:
+    for step, batch in enumerate(plane.loader(registry, "d", **options)):
         plane.consumed(batch, step)
 
 
@@ -158,7 +194,7 @@ def _timed(call: Callable[[], Any]) -> float:
 
 
 def _operations(url: str, folder: Path, count: int, rounds: int, found: _Found) -> None:
-    np.save(folder / "ops.npy", np.zeros(2 * count * rounds, dtype=np.uint8))
+    np.save(folder / "ops.npy", np.zeros(2 * (count * rounds + CANDIDATES), dtype=np.uint8))
     with _rank(url, folder, "operations") as (_, registry, session):
         registry.register("ops", path=folder / "ops.npy", format="npy", shard_size=2)
         spec = registry.get("ops").spec
@@ -167,32 +203,50 @@ def _operations(url: str, folder: Path, count: int, rounds: int, found: _Found) 
         state, run, who = session.state, session.run, session.identity
         sha = state.redis.script_load(TRIVIAL)
         keys = [state.keys.meta, state.keys.roster, state.keys.fences, ledger.keys.ledger, ledger.keys.taken, ledger.quarantine_key]
-        args = [who.state_id, run.id, "w0", 0, who.incarnation, 5, 1, 0, 0, KEEP_MS, " ".join(map(str, range(64))), 1]
-        reports = Reports(url, "bench")
-        reports.connect()
+        args = [who.state_id, run.id, "w0", 0, who.incarnation, 0, 1, 0, -1, KEEP_MS]
         report_keys = [state.keys.roster, ledger.keys.ledger, ledger.keys.done]
         report = [f"{who.state_id} {run.id}", "w0", 0, who.incarnation, 1, 3, 25, 7, "7:0-25", 1, KEEP_MS, 0, 1, "0-1"]
-        shares: dict[str, list[float]] = {"lease": [], "report": []}
-        for n in range(rounds):
-            trivial_s = _timed(lambda: [state.redis.evalsha(sha, len(keys), *keys, *args) for _ in range(count)] and None)
-            mine = range(n * count, (n + 1) * count)
-            lease_s = _timed(lambda mine=mine: [ledger.lease([k], want=1, have=0, anything=False) for k in mine] and None)  # type: ignore[misc]
-            report_s = _timed(lambda: _send(reports, report_keys, report, count))
-            shares["lease"].append(trivial_s / lease_s)
-            shares["report"].append(trivial_s / report_s)
-            found.limit["evalsha_per_s"], found.figures["leases_per_s"], found.figures["reports_per_s"] = (
-                count / seconds for seconds in (trivial_s, lease_s, report_s)
-            )
+        reports = Reports(url, "bench")
+        reports.connect()
+        bare = state.redis.connection_pool.get_connection()
+        ways: dict[str, Callable[[range], Any]] = {
+            "evalsha": lambda some: [state.redis.evalsha(sha, len(keys), *keys, *args, _candidates(k), k) for k in some],
+            "lease": lambda some: [ledger.lease(range(k, k + CANDIDATES), want=1, have=0, anything=False) for k in some],
+            "piped": lambda some: _trivially(bare, [sha, len(report_keys), *report_keys, *report], len(some)),
+            "report": lambda some: _report(reports, report_keys, report, len(some)),
+        }
+        took_s: dict[str, list[float]] = {name: [] for name in ways}
+        for start in range(0, count * rounds, AT_ONCE):  # in turns so short that what else runs here disturbs all alike
+            for name, call in ways.items():
+                some = range(start, min(start + AT_ONCE, count * rounds))
+                took_s[name].append(_timed(lambda call=call, some=some: call(some)) / len(some))  # type: ignore[misc]
+        state.redis.connection_pool.release(bare)
         reports.close()
-    found.ratios["lease_over_evalsha"] = statistics.median(shares["lease"])
-    found.ratios["report_over_evalsha"] = statistics.median(shares["report"])
+    per_s = {name: 1 / statistics.median(some) for name, some in took_s.items()}
+    found.limit |= {"evalsha_per_s": per_s["evalsha"], "piped_evalsha_per_s": per_s["piped"]}
+    found.figures |= {"leases_per_s": per_s["lease"], "reports_per_s": per_s["report"]}
+    for ours, theirs in (("lease", "evalsha"), ("report", "piped")):
+        pairs = zip(took_s[theirs], took_s[ours], strict=True)
+        found.ratios[f"{ours}_over_evalsha"] = statistics.median(bare_s / own_s for bare_s, own_s in pairs)
 
 
-def _send(reports: Reports, keys: list[str], report: list[Any], count: int) -> None:
-    for n in range(count):
+def _candidates(first: int) -> str:
+    return " ".join(map(str, range(first, first + CANDIDATES)))
+
+
+def _trivially(connection: Any, command: list[Any], count: int) -> None:
+    """The script that does nothing as reports are sent: one by one, and the answers of all read in the end."""
+    for _ in range(count):
+        connection.send_packed_command([pack_command(("EVALSHA", *command))])
+    for _ in range(count):
+        connection.read_response()
+
+
+def _report(reports: Reports, keys: list[str], report: list[Any], count: int) -> None:
+    for _ in range(count):
         reports.send("ledger_report", keys, report)
-        if n % 100 == 99 and not reports.flush(30):
-            raise RuntimeError("the server does not answer reports")
+    if not reports.flush(30):
+        raise RuntimeError("the server does not answer reports")
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------------

@@ -6,17 +6,22 @@ counts the shard of eight batches ago as consumed, as loaders do. It ends when e
 done, which is checked.
 
 The first seconds are sent one call at a time, as 1,000 processes would, and of these the server's own CPU time is taken: the share of a
-core. The rest goes in pipelines, to save time. What a script takes is what the server says (SLOWLOG).
+core. The rest goes in pipelines, to save time.
+
+SLOWLOG tells what a script took on the clock, and on a machine that others use that is what they took from it. So the slowest script is
+bounded by the most CPU time that the server's main thread took for one round trip, of one call or of ten, all else that it did included,
+unless SLOWLOG's slowest of that second is less; only a rewrite of the append-only file is put off. Beside it stand SLOWLOG's slowest of
+all, and its 99th of a hundred.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from dtr.datasets.consuming.datastate import Dynamic
@@ -154,45 +159,64 @@ def measure(url: str, workers: int, shards: int) -> dict[str, float]:
         state.redis.config_set("slowlog-max-len", 4 * workers)
         members, run = _formed(state, workers)
         crowd = _Crowd(state, members, run, shards)
-        install_ms = statistics.median(_installed(crowd, generation) for generation in range(1, INSTALLS + 1))
+        state.redis.config_set("auto-aof-rewrite-percentage", 0)
+        for script in ("ledger_lease", "ledger_report"):
+            state.redis.script_load(load(script).text)
+        meter = _Meter(state)
+        for generation in range(1, INSTALLS + 1):  # as for one generation after the other
+            names = [str(n) if n > 0 else "" for n in (generation - 1, generation - 2)]
+            state.redis.slowlog_reset()
+            with meter.round_trip():
+                crowd.install(names[0], names[1], generation)
+        install_ms, meter.most_ms = meter.most_ms, 0.0
         crowd.open()
-        found = _epoch(crowd, empty_bytes) | {"install_ms_1000": install_ms}
+        found = _epoch(crowd, meter, empty_bytes) | {"install_ms_1000": install_ms}
         return found | {"slowest_script_ms_1000": max(install_ms, found["lease_or_report_ms_1000"])}
 
 
-def _epoch(crowd: _Crowd, empty_bytes: int) -> dict[str, float]:
-    redis, slowest, most_bytes, seconds = crowd.state.redis, list[float](), 0, 0
+class _Meter:
+    """The most that a script can have taken, by the server's CPU time for each round trip and by what it logged meanwhile."""
+
+    def __init__(self, state: JobState) -> None:
+        self._redis = state.redis
+        pid = int(state.redis.info("server")["process_id"])
+        self._of_thread = Path(f"/proc/{pid}/task/{pid}/schedstat")
+        self.most_ms = 0.0
+
+    def logged_ms(self) -> list[float]:
+        """What scripts took on the clock since the log was emptied, if it was more than `SLOW_US`."""
+        return [entry["duration"] / 1000 for entry in self._redis.slowlog_get(1 << 20) if entry["command"].startswith(b"EVAL")]
+
+    @contextmanager
+    def round_trip(self) -> Iterator[None]:
+        before_ms = self._used_ms()
+        yield
+        if (took_ms := self._used_ms() - before_ms) > self.most_ms:
+            self.most_ms = max(self.most_ms, min(took_ms, max(self.logged_ms(), default=SLOW_US / 1000)))
+
+    def _used_ms(self) -> float:
+        return int(self._of_thread.read_text().split()[0]) / 1e6
+
+
+def _epoch(crowd: _Crowd, meter: _Meter, empty_bytes: int) -> dict[str, float]:
+    redis, slow, most_bytes, seconds = crowd.state.redis, list[float](), 0, 0
     figures: dict[str, float] = {}
     calls, started, before_s = 0, time.perf_counter(), _cpu_s(crowd.state)
     while not all(worker.dry for worker in crowd.workers):
         redis.slowlog_reset()
-        calls += crowd.second(lambda batch: _one_by_one(crowd.state, batch) if seconds < PACED_S else _piped(crowd.state, batch))  # noqa: B023
-        slowest.append(_slowest_ms(crowd.state))
+        calls += crowd.second(lambda batch: _sent(crowd.state, meter, batch, 1 if seconds < PACED_S else PIPED))  # noqa: B023
+        slow += meter.logged_ms()
         most_bytes = max(most_bytes, redis.info("memory")["used_memory"])
         seconds += 1
         if seconds <= PACED_S:
             figures["core_share_1000"] = (_cpu_s(crowd.state) - before_s) / seconds
             figures["operations_per_s"] = calls / (time.perf_counter() - started)
-    crowd.last(lambda batch: _piped(crowd.state, batch))
-    # Of each second the slowest; of these the median, since a server that is preempted shows that as a slow script.
-    figures["lease_or_report_ms_1000"], figures["slowest_once_ms_1000"] = statistics.median(slowest), max(slowest)
+    crowd.last(lambda batch: _sent(crowd.state, meter, batch, PIPED))
+    figures["lease_or_report_ms_1000"], figures["slowest_on_the_clock_ms_1000"] = meter.most_ms, max(slow, default=SLOW_US / 1000)
+    figures["p99_script_ms_1000"] = sorted(slow)[-(calls // 100)] if len(slow) > calls // 100 > 0 else SLOW_US / 1000
     own = [*crowd.keys, crowd.state.keys.placement("d", INSTALLS)]
     figures["ledger_mb_1000"] = sum(redis.memory_usage(key, samples=0) or 0 for key in own) / 1e6
     return figures | {"redis_mb_1000": (most_bytes - empty_bytes) / 1e6, "calls_1000": calls}
-
-
-def _installed(crowd: _Crowd, generation: int) -> float:
-    """Install the placement once more, as for a next generation; how long the script took."""
-    crowd.state.redis.slowlog_reset()
-    names = [str(n) if n > 0 else "" for n in (generation - 1, generation - 2)]
-    crowd.install(names[0], names[1], generation)
-    return _slowest_ms(crowd.state)
-
-
-def _slowest_ms(state: JobState) -> float:
-    """The slowest script since the log was emptied; one that is too fast to be in it takes `SLOW_US` at most."""
-    took = [entry["duration"] for entry in state.redis.slowlog_get(1 << 20) if entry["command"].startswith(b"EVAL")]
-    return float(max(took, default=SLOW_US)) / 1000
 
 
 def _cpu_s(state: JobState) -> float:
@@ -200,15 +224,11 @@ def _cpu_s(state: JobState) -> float:
     return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
 
-def _one_by_one(state: JobState, calls: list[Call]) -> list[Any]:
-    return [state.call(*call) for call in calls]
-
-
-def _piped(state: JobState, calls: list[Call]) -> list[Any]:
+def _sent(state: JobState, meter: _Meter, calls: list[Call], at_once: int) -> list[Any]:
     found: list[Any] = []
-    for first in range(0, len(calls), PIPED):
-        with state.redis.pipeline(transaction=False) as pipe:
-            for script, keys, args in calls[first : first + PIPED]:
+    for first in range(0, len(calls), at_once):
+        with state.redis.pipeline(transaction=False) as pipe, meter.round_trip():
+            for script, keys, args in calls[first : first + at_once]:
                 pipe.evalsha(load(script).sha, len(keys), *keys, *args)
             found += pipe.execute()
     return found

@@ -1,4 +1,4 @@
-"""A job of real trainers, an uploader and a Redis with an append-only file, and whoever kills, stops, adds, removes and restarts them."""
+"""A job of real trainers, an uploader and a Redis with an append-only file, and whoever kills, stops, adds, removes and empties them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
+import redis
+
 from tests.oracle_trainer import STALE, Task, write_data
 from tests.servers import RedisServer
 from tests.waiting import eventually
@@ -23,8 +25,8 @@ from tests.workers import QUICK, celery, end, log_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TTL_S: Final = 1.0
-KINDS: Final = ("kill", "stop", "add", "remove", "uploader", "redis", "restart")
-OFTEN: Final = (3, 1, 1, 1, 1, 1, 1)
+KINDS: Final = ("kill", "stop", "add", "remove", "uploader", "redis", "emptied", "restart")
+OFTEN: Final = (3, 1, 1, 1, 1, 1, 1, 1)
 AS_EXPECTED: Final = (0, STALE, -signal.SIGKILL)
 
 
@@ -116,7 +118,8 @@ class Job:
             if code in (None, 0) or self.over():
                 continue
             if code not in AS_EXPECTED:
-                self.surprises.append(f"{worker} ended with {code}")
+                last_words = (self.folder / "out").read_text()[-4000:]
+                self.surprises.append(f"{worker} ended with {code}, after {last_words}")
             self.start(worker)
 
     def over(self) -> bool:
@@ -219,6 +222,8 @@ def disturb(job: Job, dice: random.Random, event: str) -> str:
         how()
         job.server.start()
         return f"redis {how.__name__}"
+    elif event == "emptied":
+        return _empty(job, dice.choice(["alive", "dead"]))
     elif worker:
         _trouble(job, worker, event)
     return f"{event} {worker}" if event in {"kill", "stop", "add", "remove"} else event
@@ -234,6 +239,17 @@ def _trouble(job: Job, worker: str, event: str) -> None:
         job.send(worker, signal.SIGCONT)
     else:
         job.end(worker, signal.SIGTERM)
+
+
+def _empty(job: Job, uploader: str) -> str:
+    """FLUSHALL: the trainers form anew and go on from what the store has; so does an uploader, also one that died before."""
+    if uploader == "dead":
+        job.end_uploader()
+    with redis.Redis.from_url(job.server.url) as client:
+        client.flushall()
+    if uploader == "dead":
+        job.start_uploader()
+    return f"emptied (uploader {uploader})"
 
 
 def _restart(job: Job, dice: random.Random, before: int) -> str:

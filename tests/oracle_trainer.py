@@ -50,9 +50,9 @@ def main(argv: list[str]) -> int:
     with (folder / f"log-{os.environ['DTR_WORKER_ID']}-{os.getpid()}.jsonl").open("w") as log:
         try:
             with Agent.from_env() as agent:
-                _register(agent, folder, task)
                 while True:
                     try:
+                        _register(agent, folder, task)  # again in each run: Redis may have been emptied
                         _train(agent, folder, task, log)
                         break
                     except (RosterChanged, BarrierBroken) as change:

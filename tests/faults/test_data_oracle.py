@@ -30,7 +30,7 @@ def verdict(job: Job) -> Verdict:
     found = judge(job.folder, samples=job.task.samples, epochs=job.task.epochs)
     out = (job.folder / "out").read_text()[-6000:]
     assert found.clean, f"{found}\n{out}"
-    assert not job.surprises, f"{job.surprises}\n{out}"
+    assert not job.surprises, "\n".join(job.surprises)
     return found
 
 
@@ -53,11 +53,11 @@ def prove(job: Job, seed: int, count: int) -> str:
 
 
 def task_of(mode: str, seed: int, **sizes: int) -> Task:
-    """The format is drawn by the seed."""
-    return Task(mode=mode, form=random.Random(seed).choice(sorted(COLUMNS)), **sizes)
+    """Seed by seed the formats take turns."""
+    return Task(mode=mode, form=sorted(COLUMNS)[seed % len(COLUMNS)], **sizes)
 
 
-@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize("seed", [3, 5])  # mds and parquet
 @pytest.mark.parametrize("mode", MODES)
 def test_each_sample_once_through_ten_events(job: str, tmp_path: Path, mode: str, seed: int) -> None:
     """Given three trainers and ten random events, one of each kind among them, then the surviving lineage consumed each sample once."""
@@ -82,6 +82,8 @@ def test_each_sample_once_through_sixty_events(job: str, tmp_path: Path, capsys:
     ("rank", "step", "fault", "taken"),
     [
         (1, 10, "save.before_share", 5), (1, 10, "save.after_stage", 10), (2, 11, "load.after_lease", 10),
+        (0, 10, "save.after_begin", 10), pytest.param(1, 10, "save.after_begin", 10, marks=pytest.mark.soak),
+        pytest.param(2, 11, "load.after_open", 10, marks=pytest.mark.soak),
         pytest.param(0, 10, "stage.after_staged_record", 10, marks=pytest.mark.soak),
         pytest.param(0, 10, "stage.mid_copy", 5, marks=pytest.mark.soak),
         pytest.param(2, 11, "load.before_report", 10, marks=pytest.mark.soak),

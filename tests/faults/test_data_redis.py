@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ import pytest
 import redis
 
 from dtr.config import Settings
-from dtr.datasets.consuming.datastate import Dynamic
+from dtr.datasets.consuming import ranges, reports
+from dtr.datasets.consuming.datastate import Dynamic, parse
 from dtr.datasets.consuming.ledger import Ledger
 from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.errors import CoordinatorUnavailable, DtrError, RosterChanged, StateLost
@@ -29,10 +31,10 @@ SAMPLES = 240
 SCRIPTS = sorted(path.stem for path in (Path(scripts.__file__).parent / "lua").glob("ledger_*.lua"))
 
 
-def registered(settings: Settings, folder: Path) -> Path:
+def registered(settings: Settings, folder: Path, shard_size: int = 10) -> Path:
     data = write_lines(folder / "data", SAMPLES)
     registry = DatasetRegistry(settings.redis_url, job=settings.job)
-    registry.register("numbers", path=data, format="jsonl", shard_size=10, shuffle=True)
+    registry.register("numbers", path=data, format="jsonl", shard_size=shard_size, shuffle=True)
     registry.close()
     return data
 
@@ -117,6 +119,36 @@ def test_redis_that_was_emptied_ends_the_epoch_for_nobody(own: Settings) -> None
 
         assert len(job.each(told)) == 2
         assert max(job.seen().values()) == 1
+
+
+def test_the_state_of_all_ranks_is_whole_after_an_outage_longer_than_the_queue_of_reports(
+    settings: Settings, server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given ranks that finish a shard each while Redis is away for more reports than wait, then both tell all that was consumed, alike."""
+    monkeypatch.setattr(reports, "MOST_UNANSWERED", 20)
+    made = replace(settings, redis_url=server.url, ttl_s=60.0)
+    registered(made, tmp_path, shard_size=60)
+    with loading(made, 2) as job:
+        loaders = {rank.session.worker_id: rank.loader(batch_size=2, prefetch=4) for rank in job.ranks}
+
+        def take(count: int) -> None:
+            job.each(lambda rank: [rank.consume(next(loaders[rank.session.worker_id])) for _ in range(count)])
+
+        take(28)
+        state, spec = job.ranks[0].session.state, job.ranks[0].registry.get("numbers").spec
+        leases = Ledger(job.ranks[0].session, spec, 0).keys.ledger
+        eventually(lambda: sum(key.startswith("lease/") for key in state.redis.hkeys(leases)) == 4, what="a lease of every shard")
+        server.kill()
+        take(27)
+        server.restart()
+        take(2)
+        told = job.each(lambda rank: loaders[rank.session.worker_id].state_dict()["dtr_data"])
+        assert told[0] == told[1]
+        found = parse("numbers", json.loads(told[0]))
+        assert isinstance(found, Dynamic)
+        assert 60 * ranges.count(found.done) + sum(map(ranges.count, found.partial.values())) == job.seen().total() == 2 * 57 * 2
+        assert max(job.seen().values()) == 1
+        assert ranges.count(found.done) == 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -5,6 +5,8 @@ is killed is Redis's (the kernel delivers it); reports arrive in order; those wh
 connection, which harms nothing, since a report says what is so and not what to add. A thread looks a few times a second whether an answer
 is missing, and connects anew: the other ranks may wait for a report while its sender waits for them, and sends nothing more.
 
+What waits while Redis is away is bounded, and nothing of the ledger is lost for it: see :mod:`dtr.datasets.consuming.shortening`.
+
 So what a rank has handed out, and its data state of a step that it saves, outlive it from that moment on.
 """
 
@@ -22,6 +24,7 @@ from typing import Any, Final
 from hiredis import Reader, ReplyError, pack_command
 from redis import exceptions as rx
 
+from dtr.datasets.consuming.shortening import Report, shortened
 from dtr.state.client import connect_blocking
 from dtr.state.scripts import load
 
@@ -29,7 +32,7 @@ __all__ = ["Reports"]
 
 log = logging.getLogger(__name__)
 
-MOST_UNANSWERED: Final = 1000  # older ones are forgotten: what they said is part of later ones, or is said again by other ways
+MOST_UNANSWERED: Final = 1000  # on their way at once; of more than that, those are left that say what no later one says
 READ_BYTES: Final = 65_536
 LOOK_S: Final = 0.25
 SILENT_LOOKS: Final = 20  # after which a connection without an answer is taken for lost
@@ -51,7 +54,9 @@ class Reports:
         self._connection: Any = None
         self._socket: Any = None
         self._reader: Any = None
-        self._unanswered: deque[tuple[Any, ...]] = deque(maxlen=MOST_UNANSWERED)
+        self._unanswered: deque[Report] = deque()
+        self._under_way = self._tried = 0  # how many of them were handed to this connection, and to any
+        self._longest = MOST_UNANSWERED
         self._unsent, self._answers = b"", 0
         self._pid = os.getpid()
         self.refused = ""  # the newest refusal, for whoever wonders why people see no progress
@@ -69,10 +74,10 @@ class Reports:
     def send(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> None:
         """Send one report behind those that wait; raises nothing: a server that is away gets it later."""
         with self._mutex:
-            self._unanswered.append((load(script).sha, len(keys), *keys, *args))
-            if self._connection is not None:
-                self._unsent += _packed(self._unanswered[-1])
-                self._try_exchange()
+            self._unanswered.append(Report(script=script, keys=tuple(keys), args=tuple(args)))
+            self._try_exchange()
+            if len(self._unanswered) - self._tried > self._longest:
+                self._shorten()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all were answered; False if time ran out."""
@@ -124,11 +129,17 @@ class Reports:
                 self._socket = connection._sock  # noqa: SLF001 - redis-py has no public name for it
                 self._socket.setblocking(False)
                 self._reader, self._connection = Reader(encoding="utf-8", errors="surrogateescape"), connection
-                self._unsent = b"".join(map(_packed, self._unanswered))
                 self._try_exchange()
 
+    def _shorten(self) -> None:
+        """Of those that Redis cannot have heard, leave what must be said; as much again may come before the next time."""
+        every = list(self._unanswered)
+        left = shortened(every[self._tried :])
+        self._unanswered = deque([*every[: self._tried], *left])
+        self._longest = max(MOST_UNANSWERED, 2 * len(left))
+
     def _drop(self) -> None:
-        connection, self._connection, self._unsent = self._connection, None, b""
+        connection, self._connection, self._unsent, self._under_way = self._connection, None, b"", 0
         if connection is not None and self._pid == os.getpid():
             connection.disconnect()
 
@@ -142,6 +153,10 @@ class Reports:
 
     def _exchange(self) -> None:
         """Hand the kernel what it takes, and read what has come."""
+        while self._under_way < min(len(self._unanswered), MOST_UNANSWERED):
+            self._unsent += _packed(self._unanswered[self._under_way])
+            self._under_way += 1
+        self._tried = max(self._tried, self._under_way)
         with contextlib.suppress(BlockingIOError):
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
@@ -160,13 +175,14 @@ class Reports:
         if isinstance(answer, ReplyError) and str(answer).startswith("NOSCRIPT"):
             raise rx.NoScriptError(str(answer))  # Redis forgot the script: a new connection loads it, and what waits is sent again
         self._answers += 1
-        if self._unanswered:
+        if self._under_way:
             self._unanswered.popleft()
+            self._under_way, self._tried = self._under_way - 1, self._tried - 1
         if isinstance(answer, ReplyError) and str(answer) != self.refused:
             self.refused = str(answer)
             log.debug("a report was refused: %s", answer)
 
 
-def _packed(report: tuple[Any, ...]) -> bytes:
-    packed: bytes = pack_command(("EVALSHA", *report))
+def _packed(report: Report) -> bytes:
+    packed: bytes = pack_command(("EVALSHA", load(report.script).sha, len(report.keys), *report.keys, *report.args))
     return packed
