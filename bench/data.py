@@ -1,8 +1,9 @@
 """What the data plane costs: the loader against the bare reader of the same files, the ledger against bare scripts, and resuming.
 
-The loader of one rank, ledger and all, against a loop over the same files that shares no code with it, of orjson and of numpy, in
-alternating rounds; in deterministic mode, too; and beside the loaders of :mod:`bench.data_peers`, whose figures and ratios are absent where
-they are not installed. A lease and a report against an EVALSHA that does nothing, with the same keys and arguments and as many on their way
+The loader of one rank, ledger and all, in alternating rounds against the bare reader, which reads the same shards one after the other with
+the same code for the format, and against a plain loop of orjson or numpy, which shares no code with it (``over_plain_loop``); in
+deterministic mode, too; and beside the loaders of :mod:`bench.data_peers`, whose figures and ratios are absent where they are not
+installed. A lease and a report against an EVALSHA that does nothing, with the same keys and arguments and as many on their way
 at once: leases one by one, reports by the hundred. The time from a restored data state in the middle of ten million samples to the first
 batch. Then an epoch of 1,000 workers on 100,000 shards: :mod:`bench.data_crowd`.
 """
@@ -108,19 +109,29 @@ def _reading(url: str, folder: Path, samples: int, rounds: int, found: _Found) -
 
 
 def _read(url: str, folder: Path, kind: str, key: str, size: tuple[int, int], rounds: int, found: _Found) -> None:
-    """Loader and, where there is one, bare reader over ``folder / kind``; ``size`` is in samples and bytes."""
+    """Loader, bare reader and, where there is one, plain loop over ``folder / kind``; ``size`` is in samples and bytes."""
     samples, size_bytes = size
-    pairs = []
+    rows = []
     for n in range(rounds + 1):
-        bare_s = _timed(lambda: BARE[kind](folder / kind)) if kind in BARE else 0.0
+        plain_s = _timed(lambda: PLAIN[kind](folder / kind)) if kind in PLAIN else 0.0
+        bare_s = _bare_s(url, folder, kind, f"bare-{kind}-{n}")
         loader_s = _loading_s(url, folder, kind, f"read-{kind}-{n}", OPTIONS)
         if n:  # the first round warms the page cache
-            pairs.append((bare_s, loader_s))
-    median_s = statistics.median(loader for _, loader in pairs)
+            rows.append((plain_s, bare_s, loader_s))
+    plain_s, bare_s, median_s = (statistics.median(of) for of in zip(*rows, strict=True))
     found.figures[f"samples_per_s{key}"], found.figures[f"mb_per_s{key}"] = samples / median_s, size_bytes / 1e6 / median_s
-    if kind in BARE:
-        found.limit[f"bare_samples_per_s{key}"] = samples / statistics.median(bare for bare, _ in pairs)
-        found.ratios[f"over_bare_reader{key}"] = statistics.median(bare / loader for bare, loader in pairs)
+    found.limit[f"bare_samples_per_s{key}"] = samples / bare_s
+    found.ratios[f"over_bare_reader{key}"] = statistics.median(bare / loader for _, bare, loader in rows)
+    if kind in PLAIN:
+        found.limit[f"plain_samples_per_s{key}"] = samples / plain_s
+        found.ratios[f"over_plain_loop{key}"] = statistics.median(plain / loader for plain, _, loader in rows)
+
+
+def _bare_s(url: str, folder: Path, kind: str, job: str) -> float:
+    """All shards, one after the other, by the format's own reader: no ledger, no batches."""
+    with _rank(url, folder, job) as (_, registry, _session):
+        registry.register("d", path=folder / kind, format=kind, shard_size=5_000)
+        return _timed(lambda: [shard.read() for shard in registry.get("d").shards()] and None)
 
 
 def _loading_s(url: str, folder: Path, kind: str, job: str, options: dict[str, Any]) -> float:
@@ -131,7 +142,7 @@ def _loading_s(url: str, folder: Path, kind: str, job: str, options: dict[str, A
     return took_s
 
 
-def _bare_lines(folder: Path) -> None:
+def _plain_lines(folder: Path) -> None:
     """What anybody would write: a batch of lines at a time, parsed, and its columns as arrays."""
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
@@ -140,7 +151,7 @@ def _bare_lines(folder: Path) -> None:
                 _ = {column: np.array([row[column] for row in rows]) for column in rows[0]}
 
 
-def _bare_rows(folder: Path) -> None:
+def _plain_rows(folder: Path) -> None:
     size = OPTIONS["batch_size"]
     for path in sorted(folder.iterdir()):
         rows = np.load(path)
@@ -148,7 +159,7 @@ def _bare_rows(folder: Path) -> None:
             _ = rows[start : start + size]
 
 
-BARE: dict[str, Callable[[Path], None]] = {"jsonl": _bare_lines, "npy": _bare_rows}
+PLAIN: dict[str, Callable[[Path], None]] = {"jsonl": _plain_lines, "npy": _plain_rows}
 
 
 def _beside_peers(url: str, folder: Path, samples: int, rounds: int, found: _Found) -> None:
