@@ -81,7 +81,7 @@ def _train(agent: Any, folder: Path, task: Task, log: Any) -> None:
     state = {"seen": 0} if found is None else found.state
     note(restored=None if found is None else [found.run, found.step])
     size = {"batch_size": task.batch} if task.mode == "dynamic" else {"global_batch_size": task.global_batch}
-    column = COLUMNS[task.form]
+    column, saved = COLUMNS[task.form], None
     for batch in agent.loader("d", epochs=task.epochs, columns=[column], mode=task.mode, **size):
         ids = [int(i) for i in batch[column].reshape(-1)]
         time.sleep(task.step_s)
@@ -89,9 +89,9 @@ def _train(agent: Any, folder: Path, task: Task, log: Any) -> None:
         step = agent.step(batch)
         state["seen"] += 1
         note(step=step, world_size=agent.world_size, seen=state["seen"], epoch=batch.epoch, batch=batch.number, ids=ids)
-        _arm(agent.rank, step)
+        _arm(agent.rank, step, saved)
         if step % task.save_every == 0:
-            agent.save_async(state, replicated=True)
+            saved = agent.save_async(state, replicated=True)
     while (folder / "hold").exists():
         agent.session.check()
         time.sleep(0.05)
@@ -100,10 +100,12 @@ def _train(agent: Any, folder: Path, task: Task, log: Any) -> None:
     agent.barrier("end")
 
 
-def _arm(rank: int, step: int) -> None:
-    """DTR_TEST_FAULT=RANK:STEP:FAULT: this rank meets that failpoint from this step on."""
+def _arm(rank: int, step: int, saved: Any) -> None:
+    """DTR_TEST_FAULT=RANK:STEP:FAULT: this rank meets that failpoint from this step on; the save before is seen through."""
     fault = os.environ.get("DTR_TEST_FAULT", "")
     if fault and [str(rank), str(step)] == fault.split(":", 2)[:2]:
+        if saved is not None:
+            saved.durable.result(timeout=60)
         os.environ["DTR_FAILPOINT"] = fault.split(":", 2)[2]
 
 

@@ -221,8 +221,8 @@ def test_signals_reach_the_whole_process_group(launch: Launch, tmp_path: Path) -
         eventually(lambda wanted=expected: all(file.read_text() == wanted for file in files), what=expected)
     launcher.signal(signal.SIGTERM)
     assert launcher.wait() == 0
-    assert all(file.read_text() == "USR1\nUSR2\nTERM\n" for file in files)
-    assert launcher.left() == []
+    eventually(lambda: all(file.read_text() == "USR1\nUSR2\nTERM\n" for file in files), what="the last words of the trainers' children")
+    eventually(lambda: launcher.left() == [], what="the end of the trainers' children")
 
 
 def test_ctrl_c_is_130_and_a_second_one_kills(launch: Launch) -> None:

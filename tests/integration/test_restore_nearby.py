@@ -389,7 +389,7 @@ class TestPlan:
         with running(settings, store, 2) as job:
             save(job, 1, 2, 3)
             part(store, 1, 3).unlink()
-            shutil.rmtree(settings.staging)
+            shutil.rmtree(settings.staging, ignore_errors=True)  # the uploader frees slots at the same time
             found = plan(settings, "--json")
             assert (found["choice"].rpartition("/")[2], found["world_size"], found["rank"]) == ("2", 2, None)
             assert [(c["step"], c["verdict"]) for c in found["checkpoints"]] == [(3, "rejected"), (2, "taken"), (1, "behind")]
