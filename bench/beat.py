@@ -1,9 +1,10 @@
 """What a beat costs the server, and what it costs an agent.
 
 The real beat against a trivial EVALSHA with the same KEYS and ARGV, from redis-benchmark, so that network and parsing cost the same
-and the ratio is the script's own work. Then 1,000 members that beat once a second over connections of their own, with the server's
-CPU from INFO, beside the trivial script sent the same way: that is what waking the server costs. Last, the latency that one Python
-agent sees.
+and the ratio is the script's own work. Then 1,000 members that beat once a second, with the server's CPU from INFO, beside the trivial
+script sent the same way: that is what waking the server costs. Once as launchers send them, a host's members together over the
+connection of their host, and once as trainers without a launcher do, each over a connection of its own (``..._alone``). Last, the
+latency that one Python agent sees.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hiredis import pack_command
 
 from bench import server
 from bench.report import Report, parser
-from dtr.membership import Identity, beat, join, open_state
+from dtr.membership import BeatCall, Identity, beat_all, beat_arguments, join, open_state
 from dtr.state.job import JobState
 from dtr.state.scripts import load
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--requests", type=int, default=60_000, help="per round of redis-benchmark")
     flags.add_argument("--rounds", type=int, default=5, help="alternating pairs")
     flags.add_argument("--members", type=int, default=1_000, help="members that beat once a second")
+    flags.add_argument("--per-host", type=int, default=8, help="members that share a launcher")
     flags.add_argument("--seconds", type=float, default=6.0, help="how long they beat")
     flags.add_argument("--beats", type=int, default=3_000, help="beats of the one agent")
     options = flags.parse_args(argv)
@@ -58,17 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures[f"beats_per_s_{connections}"] = statistics.median(real for real, _ in pairs)
             limit[f"trivial_per_s_{connections}"] = statistics.median(trivial for _, trivial in pairs)
         trivial, real = state.redis.script_load(TRIVIAL), load("member_beat").sha
-        shares = [[_core_share(url, state, who, options.seconds, sha) for sha in (trivial, real)] for _ in range(3)]
-        limit["trivial_share_1000"], figures["core_share_1000"] = (
-            statistics.median(each) * 1_000 / options.members for each in zip(*shares, strict=True)
-        )
+        for together, suffix in ((options.per_host, ""), (1, "_alone")):
+            hosts = [who[n : n + together] for n in range(0, len(who), together)]
+            shares = [[_core_share(url, state, hosts, options.seconds, sha) for sha in (trivial, real)] for _ in range(3)]
+            limit[f"trivial_share_1000{suffix}"], figures[f"core_share_1000{suffix}"] = (
+                statistics.median(each) * 1_000 / options.members for each in zip(*shares, strict=True)
+            )
         latencies = _agent_latencies(state, who[1], options.beats)
         figures["agent_p50_ms"], figures["agent_p99_ms"] = _percentile(latencies, 50), _percentile(latencies, 99)
         limit["ping_p50_ms"] = _percentile(_ping_latencies(state, options.beats), 50)
         state.close()
     params = {
-        "requests": options.requests, "rounds": options.rounds, "members": options.members, "seconds": options.seconds,
-        "beats": options.beats, "seed": options.seed,
+        "requests": options.requests, "rounds": options.rounds, "members": options.members, "per_host": options.per_host,
+        "seconds": options.seconds, "beats": options.beats, "seed": options.seed,
     }  # fmt: skip
     Report(name="beat", params=params, figures=figures, limit=limit, ratios=ratios).emit(as_json=options.json)
     return 0
@@ -85,10 +89,7 @@ def _members(state: JobState, count: int) -> list[Identity]:
 
 
 def _call(state: JobState, who: Identity, number: int) -> tuple[list[str], list[Any]]:
-    """KEYS and ARGV of a beat, as dtr.membership.beat sends them."""
-    k = state.keys
-    keys = [k.meta, k.members, k.fences, k.departed, k.worker(who.worker_id)]
-    return keys, [who.state_id, who.worker_id, who.incarnation, number, 600_000, INTERVAL_MS, 1234]
+    return beat_arguments(state, BeatCall(who=who, number=number, ttl_ms=600_000, interval_ms=INTERVAL_MS, step=1234))
 
 
 def _pair(tool: str, url: str, state: JobState, who: Identity, connections: int, requests: int) -> tuple[float, float]:
@@ -110,28 +111,29 @@ def _benchmark(tool: str, url: str, connections: int, requests: int, sha: str, k
     return float(list(csv.reader(io.StringIO(done.stdout)))[-1][1])
 
 
-def _core_share(url: str, state: JobState, who: Sequence[Identity], seconds: float, sha: str) -> float:
-    """Share of one core that the server spends on every member sending this script once a second, each on its own connection."""
+def _core_share(url: str, state: JobState, hosts: Sequence[Sequence[Identity]], seconds: float, sha: str) -> float:
+    """Share of one core that the server spends on every member sending this script once a second, those of a host in one write."""
     port = urlsplit(url).port
-    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in who]
+    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in hosts]
     waiting = selectors.DefaultSelector()
     for connection in sockets:
         connection.setblocking(False)
         waiting.register(connection, selectors.EVENT_READ)
-    first = int(state.redis.hget(state.keys.worker(who[-1].worker_id), "beat")) + 1
-    before, begin, sent, answered = _cpu_s(state), time.monotonic(), 0, 0
+    first = int(state.redis.hget(state.keys.worker(hosts[-1][-1].worker_id), "beat")) + 1
+    before, begin, sent, asked, answered = _cpu_s(state), time.monotonic(), 0, 0, 0
     end = begin + seconds
-    while (now := time.monotonic()) < end or answered < sent:
-        due = int((min(now, end) - begin) * len(who))
+    while (now := time.monotonic()) < end or answered < asked:
+        due = int((min(now, end) - begin) * len(hosts))
         for n in range(sent, due):
-            keys, args = _call(state, who[n % len(who)], first + n // len(who))
-            sockets[n % len(who)].sendall(_packed("EVALSHA", sha, len(keys), *keys, *args))
+            calls = [_call(state, who, first + n // len(hosts)) for who in hosts[n % len(hosts)]]
+            sockets[n % len(hosts)].sendall(b"".join(_packed("EVALSHA", sha, len(keys), *keys, *args) for keys, args in calls))
+            asked += len(calls)
         sent = max(sent, due)
         for key, _ in waiting.select(timeout=0.005):
-            reply = key.fileobj.recv(4096)  # type: ignore[union-attr]
-            if reply.startswith(b"-"):
+            reply = key.fileobj.recv(65_536)  # type: ignore[union-attr]
+            if b"\r\n-" in b"\r\n" + reply:
                 raise RuntimeError(reply.decode())
-            answered += 1
+            answered += reply.count(b"*")  # an array begins each answer, and no word in one has an asterisk
     spent, passed = _cpu_s(state) - before, time.monotonic() - begin
     for connection in sockets:
         connection.close()
@@ -154,7 +156,7 @@ def _agent_latencies(state: JobState, who: Identity, count: int) -> list[float]:
     found = []
     for number in range(first, first + count):
         begin = time.perf_counter()
-        beat(state, who, number=number, ttl_ms=TTL_MS, interval_ms=INTERVAL_MS, step=1234)
+        beat_all(state, [BeatCall(who=who, number=number, ttl_ms=TTL_MS, interval_ms=INTERVAL_MS, step=1234)])
         found.append((time.perf_counter() - begin) * 1000)
     return found
 

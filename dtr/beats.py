@@ -1,6 +1,8 @@
-"""The thread that beats for a trainer without a launcher; its lateness is measured and shown.
+"""Beats: one thread and one connection for all members of a job that this process beats for.
 
-It has a connection of its own, outlives any outage of Redis with a jittered back-off, and ends when the member may not go on.
+A trainer without a launcher is the only member of its own; the launcher has one for each of its trainers, and their beats go out in one
+write, so that Redis wakes once for a host and not once for a process. A thread outlives any outage of Redis with a jittered back-off; a
+member's beats end when it may not go on.
 """
 
 from __future__ import annotations
@@ -10,126 +12,34 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from dtr.errors import DtrError, NotJoined, Recovering, StaleIncarnation, StateLost, Unavailable
-from dtr.membership import Identity, beat, stall
+from dtr.errors import DtrError, Recovering, StaleIncarnation, StateLost, Unavailable
+from dtr.membership import BeatAnswer, BeatCall, Identity, beat_all, stall
 from dtr.progress import Progress
 from dtr.state.client import translate
 from dtr.state.job import JobState
 
-__all__ = ["BeatThread", "Beater"]
+__all__ = ["Beats", "Member"]
 
 log = logging.getLogger(__name__)
 
 BACKOFF_CAP_S = 5.0
 
 
-class Beater:
-    """Sends the beats of one registration and decides when the next is due. One beat at a time; no thread of its own.
+class Member:
+    """What the beats of one registration say, and what their answers mean to it. Used by one thread.
 
     Args:
-        state: the job; its client is used by this beater alone.
         who: the registration.
         ttl_ms, interval_ms: of the member.
         number: of the last acknowledged beat; -1 if another process beat before and its number is unknown.
-    """
-
-    def __init__(self, state: JobState, who: Identity, *, ttl_ms: int, interval_ms: int, number: int = 0) -> None:
-        self.state, self.who = state, who
-        self._ttl_ms, self._interval_ms = ttl_ms, interval_ms
-        self._number = number
-        self._failures = 0
-        self._shown: dict[str, str | int] = {}
-        self._seen = (0, "")
-        self._stalled = ""
-
-    def beat(self, progress: Progress | None, *, late_ms: int, phase: str | None = None) -> tuple[str, str] | None:
-        """Beat once. Returns news, ("stale" | "state_lost" | "run", detail), or None; an outage is logged at its beginning and its end."""
-        fields = self._fields(progress, late_ms, phase)
-        changed = {name: value for name, value in fields.items() if self._shown.get(name) != value}
-        try:
-            if self._number < 0:
-                self._number = self._last_number()
-            answer = beat(
-                self.state, self.who, number=self._number + 1, ttl_ms=self._ttl_ms, interval_ms=self._interval_ms,
-                step=progress.step if progress else None, **changed,
-            )  # fmt: skip
-        except StaleIncarnation as exc:
-            return "stale", exc.message
-        except StateLost as exc:
-            return "state_lost", exc.message
-        except (Unavailable, Recovering) as exc:
-            self._failures += 1
-            if self._failures == 1:
-                log.warning("beats of %s do not get through: %s", self.who.worker_id, exc)
-            return None
-        self._number += 1
-        self._shown = {} if answer.revived else fields
-        if self._failures:
-            log.warning("beats of %s get through again after %d failures", self.who.worker_id, self._failures)
-            self._failures = 0
-        if progress is not None and progress.stalled != self._stalled:
-            self._tell_stall(progress)
-        if (answer.generation, answer.run) != self._seen:  # a run may form and end between two beats: its end counts up the generation
-            self._seen = answer.generation, answer.run
-            return "run", answer.run
-        return None
-
-    def _fields(self, progress: Progress | None, late_ms: int, phase: str | None) -> dict[str, str | int]:
-        """What people see; coarse, so that a trainer that is well sends nothing new."""
-        idle_s = 0 if progress is None else int(time.monotonic() - progress.at)
-        fields: dict[str, str | int] = {} if progress is None or math.isnan(progress.loss) else {"loss": f"{progress.loss:.4g}"}
-        return fields | {
-            "phase": phase or _phase(progress),
-            "idle_s": idle_s if idle_s > self._interval_ms / 500 else 0,
-            "late_ms": late_ms if late_ms > self._interval_ms / 10 else 0,
-            "host": self.who.host,
-            "pid": self.who.pid,
-            "address": self.who.address,
-        }
-
-    def _tell_stall(self, progress: Progress) -> None:
-        """Put it among the events; what does not get through is tried again with the next beat, which says what else is the matter."""
-        try:
-            stall(self.state, self.who, step=progress.step, reason=progress.stalled)
-        except DtrError as exc:
-            log.info("that %s is stalled or goes on is not on record yet: %s", self.who.worker_id, exc)
-        else:
-            self._stalled = progress.stalled
-
-    def _last_number(self) -> int:
-        with translate(self.state.url):
-            return int(self.state.redis.hget(self.state.keys.worker(self.who.worker_id), "beat") or 0)
-
-    def pause_s(self) -> float:
-        """Seconds until the next beat: the interval less up to a tenth, or a growing random wait while nothing gets through."""
-        interval = self._interval_ms / 1000
-        if self._failures:
-            return random.uniform(0.2, 1.0) * min(BACKOFF_CAP_S, self._ttl_ms / 3000, interval * 2.0 ** min(self._failures - 1, 6))
-        return interval * random.uniform(0.9, 1.0)
-
-
-def _phase(progress: Progress | None) -> str:
-    if progress is None:
-        return "alive"
-    return "stalled" if progress.stalled else progress.phase
-
-
-class BeatThread:
-    """Beats from a daemon thread until stopped or until the member may not go on.
-
-    Args:
-        url, job: where.
-        who, ttl_ms, interval_ms, number: see :class:`Beater`.
         read_progress: the newest report of the trainer.
-        on_news: called from the thread: ``stale`` and ``state_lost`` end it, ``run`` tells which run is open by now.
+        on_news: called with (news, detail).
     """
 
     def __init__(
         self,
-        url: str,
-        job: str,
         who: Identity,
         *,
         ttl_ms: int,
@@ -138,36 +48,197 @@ class BeatThread:
         read_progress: Callable[[], Progress],
         on_news: Callable[[str, str], None],
     ) -> None:
-        self._beater = Beater(JobState(url, job, name="dtr-beat"), who, ttl_ms=ttl_ms, interval_ms=interval_ms, number=number)
-        self._read_progress, self._on_news = read_progress, on_news
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="dtr-beat", daemon=True)
+        self.who, self.ttl_ms = who, ttl_ms
+        self.on_news = on_news
+        self.since: float | None = time.monotonic()  # waiting for its first beat; None once that was sent
+        self._interval_ms, self._read_progress = interval_ms, read_progress
+        self._number = number
+        self._progress: Progress | None = None
+        self._fields: dict[str, str | int] = {}
+        self._shown: dict[str, str | int] = {}
+        self._seen = (0, "")
+        self._stalled = ""
 
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+    def call(self, state: JobState, late_ms: int) -> BeatCall:
+        """The next beat, which is this one again until it is answered."""
+        if self._number < 0:
+            with translate(state.url):
+                self._number = int(state.redis.hget(state.keys.worker(self.who.worker_id), "beat") or 0)
+        self._progress = self._read_progress()
+        self._fields = self._told(self._progress, late_ms)
+        changed = {name: value for name, value in self._fields.items() if self._shown.get(name) != value}
+        step, number = self._progress.step, self._number + 1
+        return BeatCall(who=self.who, number=number, ttl_ms=self.ttl_ms, interval_ms=self._interval_ms, step=step, fields=changed)
+
+    def heard(self, state: JobState, answer: BeatAnswer) -> tuple[str, str] | None:
+        """The beat is on record; returns the news ("run", which one is open by now) if there is any."""
+        self._number += 1
+        self._shown = {} if answer.revived else self._fields
+        if self._progress is not None and self._progress.stalled != self._stalled:
+            self._tell_stall(state, self._progress)
+        if (answer.generation, answer.run) == self._seen:
+            return None
+        self._seen = answer.generation, answer.run  # a run may form and end between two beats: its end counts up the generation
+        return "run", answer.run
+
+    def _told(self, progress: Progress, late_ms: int) -> dict[str, str | int]:
+        """What people see; coarse, so that a trainer that is well sends nothing new."""
+        idle_s = int(time.monotonic() - progress.at)
+        fields: dict[str, str | int] = {} if math.isnan(progress.loss) else {"loss": f"{progress.loss:.4g}"}
+        return fields | {
+            "phase": "stalled" if progress.stalled else progress.phase,
+            "idle_s": idle_s if idle_s > self._interval_ms / 500 else 0,
+            "late_ms": late_ms if late_ms > self._interval_ms / 10 else 0,
+            "host": self.who.host,
+            "pid": self.who.pid,
+            "address": self.who.address,
+        }
+
+    def _tell_stall(self, state: JobState, progress: Progress) -> None:
+        """Put it among the events; what does not get through is tried again with the next beat, which says what else is the matter."""
+        try:
+            stall(state, self.who, step=progress.step, reason=progress.stalled)
+        except DtrError as exc:
+            log.info("that %s is stalled or goes on is not on record yet: %s", self.who.worker_id, exc)
+        else:
+            self._stalled = progress.stalled
+
+
+class Beats:
+    """Beats for the members that were added, all at once, from a daemon thread that runs while there are any.
+
+    Args:
+        url, job: where.
+        interval_ms: between two beats of a member.
+    """
+
+    def __init__(self, url: str, job: str, *, interval_ms: int) -> None:
+        self._url, self._job, self._interval_ms = url, job, interval_ms
+        self._changed = threading.Condition()
+        self._members: list[Member] = []
+        self._thread: threading.Thread | None = None
+        self._due = 0.0  # when all beat again; who was just added beats at once, and with the others from then on
+        self._failures = 0
+
+    def add(
+        self,
+        who: Identity,
+        *,
+        ttl_ms: int,
+        number: int,
+        read_progress: Callable[[], Progress],
+        on_news: Callable[[str, str], None],
+    ) -> Member:
+        """Beat for this registration from now on; see :class:`Member`.
+
+        ``on_news`` is called from the thread: ``stale`` and ``state_lost`` end its beats, ``run`` tells which run is open by now.
+        """
+        member = Member(who, ttl_ms=ttl_ms, interval_ms=self._interval_ms, number=number, read_progress=read_progress, on_news=on_news)
+        with self._changed:
+            if self._thread is None:
+                state = JobState(self._url, self._job, name="dtr-beat")
+                self._thread = threading.Thread(target=self._loop, args=(state,), name="dtr-beat", daemon=True)
+                self._thread.start()
+            self._members.append(member)
+            self._changed.notify()
+        return member
+
+    def remove(self, member: Member) -> None:
+        """End its beats; one that is under way may still arrive, and its answer is not told."""
+        with self._changed:
+            if member in self._members:
+                self._members.remove(member)
+                self._changed.notify()
 
     def stop(self, *, wait: bool = True) -> None:
-        """End, and wait for the end unless told otherwise or called from the thread itself."""
-        self._stop.set()
-        if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=10)
+        """End the beats of all, and wait for the end unless told otherwise or called from the thread itself."""
+        with self._changed:
+            self._members.clear()
+            thread = self._thread
+            self._changed.notify()
+        if wait and thread is not None and threading.current_thread() is not thread:
+            thread.join(timeout=10)
 
-    def _loop(self) -> None:
-        due = time.monotonic()
+    def _loop(self, state: JobState) -> None:
+        self._failures = 0
+        self._due = time.monotonic() + self._pause_s()
         try:
-            while not self._stop.is_set():
-                late_ms = max(0, int((time.monotonic() - due) * 1000))
-                news = self._beater.beat(self._read_progress(), late_ms=late_ms)
-                if news is not None and not self._stop.is_set():
-                    self._on_news(*news)
-                    if news[0] != "run":
-                        return
-                pause = self._beater.pause_s()
-                due = time.monotonic() + pause
-                self._stop.wait(pause)
-        except (DtrError, NotJoined, ValueError, OSError) as exc:
-            log.error("beats of %s ended: %s", self._beater.who.worker_id, exc)
-            self._on_news("stale", f"its beats ended: {exc}")
+            while members := self._wait():
+                self._round(state, members)
         finally:
-            self._beater.state.close()
+            state.close()
+
+    def _wait(self) -> list[Member]:
+        """Whose turn it is, when that comes; none when there is nobody left, and the thread is to end."""
+        with self._changed:
+            while self._members:
+                now = time.monotonic()
+                if now >= self._due:
+                    return list(self._members)
+                if new := [member for member in self._members if member.since is not None]:
+                    return new
+                self._changed.wait(self._due - now)
+            self._thread = None
+            return []
+
+    def _round(self, state: JobState, members: Sequence[Member]) -> None:
+        now = time.monotonic()
+        everybody = now >= self._due
+        calls: list[tuple[Member, BeatCall]] = []
+        outage: DtrError | None = None
+        for member in members:
+            late_ms = int((now - (member.since or self._due)) * 1000)
+            member.since = None
+            try:
+                calls.append((member, member.call(state, max(0, late_ms))))
+            except Unavailable as exc:
+                outage = exc
+            except (DtrError, ValueError, OSError) as exc:
+                self._end(member, exc)
+        for (member, _), answer in zip(calls, beat_all(state, [call for _, call in calls]), strict=True):
+            if isinstance(answer, BeatAnswer):
+                if news := member.heard(state, answer):
+                    self._tell(member, *news)
+            elif isinstance(answer, (Unavailable, Recovering)):
+                outage = answer
+            else:
+                self._end(member, answer)
+        self._note(members, outage)
+        if everybody or outage is not None:
+            self._due = time.monotonic() + self._pause_s()
+
+    def _note(self, members: Sequence[Member], outage: DtrError | None) -> None:
+        """An outage is logged at its beginning and at its end."""
+        names = ", ".join(member.who.worker_id for member in members)
+        if outage is not None:
+            self._failures += 1
+            if self._failures == 1:
+                log.warning("beats of %s do not get through: %s", names, outage)
+        elif self._failures:
+            log.warning("beats of %s get through again after %d failures", names, self._failures)
+            self._failures = 0
+
+    def _tell(self, member: Member, news: str, detail: str) -> None:
+        with self._changed:
+            wanted = member in self._members
+        if wanted:
+            member.on_news(news, detail)
+
+    def _end(self, member: Member, why: Exception) -> None:
+        if isinstance(why, StateLost):
+            self._tell(member, "state_lost", why.message)
+        elif isinstance(why, StaleIncarnation):
+            self._tell(member, "stale", why.message)
+        else:
+            log.error("beats of %s ended: %s", member.who.worker_id, why)
+            self._tell(member, "stale", f"its beats ended: {why}")
+        self.remove(member)
+
+    def _pause_s(self) -> float:
+        """Seconds until the next beats: the interval less up to a tenth, or a growing random wait while nothing gets through."""
+        interval = self._interval_ms / 1000
+        if self._failures:
+            with self._changed:
+                ttl_s = min((member.ttl_ms for member in self._members), default=0) / 1000
+            return random.uniform(0.2, 1.0) * min(BACKOFF_CAP_S, ttl_s / 3, interval * 2.0 ** min(self._failures - 1, 6))
+        return interval * random.uniform(0.9, 1.0)

@@ -10,11 +10,12 @@ import contextlib
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from dtr.clock import SYSTEM, Clock
-from dtr.errors import CoordinatorUnavailable, StateCorrupt
+from dtr.errors import CoordinatorUnavailable, DtrError, StateCorrupt
 from dtr.failpoints import failpoint
 from dtr.ring import virtual_nodes
 from dtr.state.client import translate
@@ -23,9 +24,11 @@ from dtr.state.keys import JOBS
 
 __all__ = [
     "BeatAnswer",
+    "BeatCall",
     "Identity",
     "MemberView",
-    "beat",
+    "beat_all",
+    "beat_arguments",
     "depart",
     "join",
     "members",
@@ -53,6 +56,27 @@ class Identity:
     host: str
     pid: int
     address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeatCall:
+    """One beat.
+
+    Attributes:
+        who: the registration.
+        number: of this beat: one more than the last that was answered.
+        ttl_ms: time to live without another beat.
+        interval_ms: between two beats.
+        step: the last step, -1 before the first.
+        fields: for ``worker:ID``, for people; only those that changed since the last beat that was answered.
+    """
+
+    who: Identity
+    number: int
+    ttl_ms: int
+    interval_ms: int
+    step: int = -1
+    fields: Mapping[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,41 +195,30 @@ def join(state: JobState, who: Identity, *, ttl_ms: int) -> int:
     return int(answer)
 
 
-def beat(
-    state: JobState,
-    who: Identity,
-    *,
-    number: int,
-    ttl_ms: int,
-    interval_ms: int,
-    step: int | None = None,
-    **progress: str | int,
-) -> BeatAnswer:
-    """Renew the deadline and report; reaps lapsed members on the way.
+def beat_all(state: JobState, calls: Sequence[BeatCall]) -> list[BeatAnswer | DtrError]:
+    """Renew the deadlines of members and report, in one round trip; reaps lapsed members on the way.
 
-    Args:
-        state: the job.
-        who: the registration.
-        number: of this beat: one more than the last that was answered.
-        ttl_ms: time to live without another beat.
-        interval_ms: between two beats.
-        step: the last step, None before the first.
-        progress: further fields for ``worker:ID``, for people; only those that changed since the last beat that was answered.
-
-    Raises:
-        StaleIncarnation: the member was reaped or replaced.
-        StateLost: Redis was emptied or lost writes.
+    Returns an answer for each, or the error: StaleIncarnation when it was reaped or replaced, StateLost when Redis was emptied or lost
+    writes, CoordinatorUnavailable or Recovering when nobody knows whether it was renewed (send the same beat again).
     """
-    keys = state.keys
-    fields = [text for pair in progress.items() for text in pair]
-    generation, run, how, lapsed = state.call(
-        "member_beat",
-        [keys.meta, keys.members, keys.fences, keys.departed, keys.worker(who.worker_id)],
-        [who.state_id, who.worker_id, who.incarnation, number, ttl_ms, interval_ms, "" if step is None or step < 0 else step, *fields],
-    )
-    if lapsed:
-        reap(state, who.state_id)
+    answers = state.call_all("member_beat", [beat_arguments(state, call) for call in calls])
+    if lapsed := next((call for call, answer in zip(calls, answers, strict=True) if not isinstance(answer, DtrError) and answer[3]), None):
+        reap(state, lapsed.who.state_id)
+    return [answer if isinstance(answer, DtrError) else _beat_answer(*answer) for answer in answers]
+
+
+def _beat_answer(generation: str, run: str, how: str, _: str) -> BeatAnswer:
     return BeatAnswer(generation=int(generation), run=run or "", revived=how == "revived")
+
+
+def beat_arguments(state: JobState, call: BeatCall) -> tuple[list[str], list[Any]]:
+    """KEYS and ARGV of the script of a beat."""
+    keys, who = state.keys, call.who
+    return (
+        [keys.meta, keys.members, keys.fences, keys.departed, keys.worker(who.worker_id)],
+        [who.state_id, who.worker_id, who.incarnation, call.number, call.ttl_ms, call.interval_ms, "" if call.step < 0 else call.step]
+        + [text for pair in call.fields.items() for text in pair],
+    )
 
 
 def stall(state: JobState, who: Identity, *, step: int, reason: str) -> bool:

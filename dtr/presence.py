@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from dtr.beats import BeatThread
+from dtr.beats import Beats
 from dtr.clock import Clock
 from dtr.config import Settings
 from dtr.errors import DtrError, NotJoined, StateLost, Unavailable
@@ -66,7 +66,7 @@ class Presence:
         self._registered = False
         self._pending = ""  # an incarnation whose join may have had its effect
         self._closed = threading.Event()
-        self._beats: BeatThread | None = None
+        self._beats: Beats | None = None
         self._link: LauncherLink | None = None
         self._page: ProgressPage | None = None
 
@@ -196,17 +196,16 @@ class Presence:
         self._beat_here(identity, 0)
 
     def _beat_here(self, identity: Identity, number: int) -> None:
-        beats = BeatThread(
-            self._settings.redis_url, self._settings.job, identity, ttl_ms=self._ttl_ms, interval_ms=self._interval_ms, number=number,
-            read_progress=self.page.read, on_news=partial(self._on_news, identity),
-        )  # fmt: skip
+        beats = Beats(self._settings.redis_url, self._settings.job, interval_ms=self._interval_ms)
         with self._lock:
             if self._closed.is_set():
                 return
             older, self._beats = self._beats, beats
         if older is not None:
             older.stop(wait=False)
-        beats.start()
+        beats.add(
+            identity, ttl_ms=self._ttl_ms, number=number, read_progress=self.page.read, on_news=partial(self._on_news, identity)
+        )  # fmt: skip
 
     def _hear(self, incarnation: str, news: str, detail: str) -> None:
         """News from whoever beats for this process, about the registration that it was given."""

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator
 from typing import Final
 
-from dtr.beats import BeatThread
+from dtr.beats import Beats
 from dtr.errors import InvalidInput
 from dtr.progress import Progress, read_page
 from worker_agent.registration import LONGEST_LINE_BYTES, OK, Leave, Registration, error_line, news_line, parse_line
@@ -30,7 +30,7 @@ def serve(source: int, target: int) -> int:
     """Beat for whoever registers, until ``source`` ends or the trainer says that it leaves; always 0."""
     for number in _NOT_FOR_US:
         signal.signal(number, signal.SIG_IGN)
-    beats: BeatThread | None = None
+    beats: Beats | None = None
     try:
         for line in _lines(source):
             try:
@@ -45,28 +45,28 @@ def serve(source: int, target: int) -> int:
                 break
             _write(target, OK)
             beats = _beats(said, target)
-            beats.start()
     finally:
         if beats is not None:
             beats.stop()
     return 0
 
 
-def _beats(registration: Registration, target: int) -> BeatThread:
+def _beats(told: Registration, target: int) -> Beats:
     last, parent = Progress(step=-1, phase="starting", at=0.0), os.getppid()
 
     def look() -> Progress:
         nonlocal last
         if os.getppid() != parent:  # a child that the trainer forked may hold our stdin open; the trainer itself has died
             os._exit(0)
-        last = read_page(registration.page) or last
+        last = read_page(told.page) or last
         return last
 
-    return BeatThread(
-        registration.redis_url, registration.job, registration.who, ttl_ms=registration.ttl_ms, interval_ms=registration.interval_ms,
-        number=registration.number, read_progress=look,
-        on_news=lambda news, detail: _write(target, news_line(registration.who.incarnation, news, detail)),
+    beats = Beats(told.redis_url, told.job, interval_ms=told.interval_ms)
+    beats.add(
+        told.who, ttl_ms=told.ttl_ms, number=told.number, read_progress=look,
+        on_news=lambda news, detail: _write(target, news_line(told.who.incarnation, news, detail)),
     )  # fmt: skip
+    return beats
 
 
 def _lines(source: int) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import redis
 
-from dtr.state.client import connect, mask, translate
+from dtr.state.client import connect, mask, translate, translated
 from dtr.state.keys import Keys
 from dtr.state.scripts import Scripts
 
@@ -42,6 +42,14 @@ class JobState:
         """Run one script; errors are dtr's (CoordinatorUnavailable when Redis cannot be reached)."""
         with translate(self.url):
             return self.scripts.call(script, keys, args)
+
+    def call_all(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        """Run one script for several (KEYS, ARGV) in one round trip; each answer, or the DtrError that :meth:`call` would have raised."""
+        try:
+            answers = self.scripts.call_all(script, calls)
+        except (redis.RedisError, OSError, UnicodeError) as exc:
+            answers = [exc] * len(calls)
+        return [translated(answer, self.url) if isinstance(answer, Exception) else answer for answer in answers]
 
     def server_now_ms(self) -> int:
         """The server's clock in milliseconds since the epoch."""

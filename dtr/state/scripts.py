@@ -173,3 +173,24 @@ class Scripts:
             if known is None:
                 raise
             raise known from None  # it is ours: how redis-py carried it helps nobody
+
+    def call_all(self, name: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        """Run the script ``name`` for several (KEYS, ARGV) in one write, one after the other; the answer or the exception of each.
+
+        Raises:
+            redis.RedisError: the connection broke; nobody knows which of them ran.
+        """
+        preload()
+        script = load(name)
+        answers = self._sent("EVALSHA", script.sha, calls)
+        unknown = [n for n, answer in enumerate(answers) if isinstance(answer, rx.NoScriptError)]
+        for n, answer in zip(unknown, self._sent("EVAL", script.text, [calls[n] for n in unknown]), strict=True):
+            answers[n] = answer
+        return [(error_of(answer) or answer) if isinstance(answer, rx.ResponseError) else answer for answer in answers]
+
+    def _sent(self, command: str, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        pipeline: Any = self._redis.pipeline(transaction=False)
+        for keys, args in calls:
+            pipeline.execute_command(command, script, len(keys), *keys, *args)
+        answers: list[Any] = pipeline.execute(raise_on_error=False)
+        return answers

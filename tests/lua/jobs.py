@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtr.errors import RosterChanged
-from dtr.membership import Identity, join, open_state
+from dtr.errors import DtrError, RosterChanged
+from dtr.membership import BeatAnswer, BeatCall, Identity, beat_all, join, open_state
 from dtr.runs import Run, read_run
 from dtr.state.job import JobState
 
@@ -26,6 +26,14 @@ def joined(state: JobState, *workers: str, ttl_ms: int = TTL_MS) -> list[Identit
         join(state, who, ttl_ms=ttl_ms)
         found.append(who)
     return found
+
+
+def beat(state: JobState, who: Identity, *, number: int, ttl_ms: int = TTL_MS, interval_ms: int = 1000, step: int = -1) -> BeatAnswer:
+    """One beat of ``who``; raises what its answer says."""
+    (answer,) = beat_all(state, [BeatCall(who=who, number=number, ttl_ms=ttl_ms, interval_ms=interval_ms, step=step)])
+    if isinstance(answer, DtrError):
+        raise answer
+    return answer
 
 
 def beat_keys(state: JobState, worker: str) -> list[str]:

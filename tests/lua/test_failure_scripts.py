@@ -6,7 +6,7 @@ import pytest
 
 from dtr.checkpoint.saving.failures import Failed, report
 from dtr.errors import StaleIncarnation
-from dtr.membership import beat, stall
+from dtr.membership import stall
 from dtr.state.job import JobState
 from tests.lua import checkpoints as ckpt
 from tests.lua import jobs
@@ -87,6 +87,6 @@ class TestStall:
         job_state.redis.delete(key)
         assert not stall(job_state, who, step=3, reason="stopped")
         assert not job_state.redis.exists(key)
-        beat(job_state, who, number=1, ttl_ms=60_000, interval_ms=1000)
+        jobs.beat(job_state, who, number=1, ttl_ms=60_000, interval_ms=1000)
         assert stall(job_state, who, step=3, reason="stopped")
         assert job_state.redis.ttl(key) > 0

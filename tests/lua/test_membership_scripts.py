@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from dtr.errors import Recovering, StaleIncarnation, StateCorrupt, StateLost
-from dtr.membership import Identity, beat, depart, join, open_state
+from dtr.membership import Identity, depart, join, open_state
 from dtr.state.job import JobState
-from tests.lua.jobs import TTL_MS, formed, joined, leave, opened
+from tests.lua.jobs import TTL_MS, beat, formed, joined, leave, opened
 
 
 def test_the_first_caller_creates_the_state_and_the_others_find_it(job_state: JobState) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from dtr.checkpoint.saving import failures
 from dtr.checkpoint.uploading import lease
-from dtr.membership import Identity, beat, reap, stall
+from dtr.membership import Identity, reap, stall
 from dtr.state.job import JobState
 from dtr.state.scripts import catalogue, load
 from dtr.store.resume import Sent
@@ -67,7 +67,7 @@ def member_join(state: JobState) -> Act:
 def member_beat(state: JobState) -> Act:
     (who, _), _ = jobs.formed(state, "a", "b")
     state.redis.hset(state.keys.meta, "beat_at", state.server_now_ms() - 500)
-    return lambda s: beat(s, who, number=1, ttl_ms=60_000, interval_ms=1000, step=7).run
+    return lambda s: jobs.beat(s, who, number=1, ttl_ms=60_000, interval_ms=1000, step=7).run
 
 
 def member_stall(state: JobState) -> Act:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from dtr.beats import Beats
 from worker_agent.launcher.desk import Visitor
 from worker_agent.launcher.inbox import Inbox
 from worker_agent.launcher.outcome import Outcome
@@ -52,6 +53,7 @@ class Care:
         self._pid_of, self._on_stall = pid_of, on_stall
         self._wards: dict[int, dict[tuple[str, str, str], Ward]] = {}  # by seat and member
         self._of: dict[Visitor, Ward] = {}
+        self._beats: dict[tuple[str, str, int], Beats] = {}  # by server, job and interval
         self._strangers: dict[Ward, int] = {}  # pidfds of trainers that are not the launcher's own children
 
     # --- what the desk tells ----------------------------------------------------------------------------------------
@@ -67,6 +69,7 @@ class Care:
             self._drop(seat, same)
         ward = Ward(
             registration,
+            beats=self._beats_for(registration),
             pid=visitor.pid,
             rule=self._rule,
             on_news=lambda news, detail: self._inbox.post(partial(self._news, visitor, ward, news, detail)),
@@ -133,6 +136,10 @@ class Care:
         self._wards.clear()
         for worker in self._departures.settle(within_s):
             log.warning("Redis could not be told that %s is gone; it finds out when the ttl has passed", worker)
+
+    def _beats_for(self, told: Registration) -> Beats:
+        which = told.redis_url, told.job, told.interval_ms
+        return self._beats.setdefault(which, Beats(told.redis_url, told.job, interval_ms=told.interval_ms))
 
     # --- how --------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """A trainer that registered with this launcher: beats for it, watches its progress, and tells Redis when it has ended.
 
-Nothing here makes the launcher's loop wait: beats and departures each run in threads of their own, with connections of their own, so
-that a slow Redis holds back neither another trainer nor the detection of an exit.
+Nothing here makes the launcher's loop wait: beats and departures run in threads of their own, with connections of their own, so that a
+slow Redis does not hold back the detection of an exit. All trainers of a job share one thread of beats, and one write for each round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from dtr.beats import BeatThread
+from dtr.beats import Beats, Member
 from dtr.errors import CoordinatorRefused, DtrError, Recovering, StateLost, Unavailable
 from dtr.membership import depart
 from dtr.progress import Progress, read_page
@@ -37,6 +37,7 @@ class Ward:
 
     Args:
         registration: what the trainer handed over.
+        beats: of its job at this launcher.
         pid: the trainer's, as the launcher's own host numbers it; 0 if it cannot be seen from here.
         rule: when it counts as stalled.
         on_news: called from a thread with (news, detail) when the beats ended because the member may not go on.
@@ -47,6 +48,7 @@ class Ward:
         self,
         registration: Registration,
         *,
+        beats: Beats,
         pid: int,
         rule: StallRule,
         on_news: Callable[[str, str], None],
@@ -57,18 +59,20 @@ class Ward:
         self._pid, self._rule, self._on_stall = pid, rule, on_stall
         self._watch: Watch | None = None
         self._progress = Progress(step=-1, phase="alive", at=time.monotonic())  # until the page can be read
-        self._beats = BeatThread(
-            registration.redis_url, registration.job, registration.who, ttl_ms=registration.ttl_ms,
-            interval_ms=registration.interval_ms, number=registration.number, read_progress=self._look, on_news=on_news,
-        )  # fmt: skip
+        self._beats, self._on_news = beats, on_news
+        self._member: Member | None = None
 
     def start(self) -> None:
         """Begin to beat."""
-        self._beats.start()
+        told = self.registration
+        self._member = self._beats.add(
+            told.who, ttl_ms=told.ttl_ms, number=told.number, read_progress=self._look, on_news=self._on_news
+        )  # fmt: skip
 
     def release(self) -> None:
         """End the beats; does not wait for one that is under way."""
-        threading.Thread(target=self._beats.stop, name="dtr-release", daemon=True).start()
+        if self._member is not None:
+            self._beats.remove(self._member)
 
     def progress(self) -> Progress:
         """The newest report, read now."""
