@@ -107,6 +107,7 @@ def open_state(
     *,
     recover: Callable[[str], int] | None = None,
     counter: int = 0,
+    who: str | None = None,
     timeout_s: float = 120.0,
     clock: Clock = SYSTEM,
 ) -> str:
@@ -116,12 +117,13 @@ def open_state(
         state: the job.
         recover: called with the state id by the one member that rebuilds; returns the highest run number that the store knows.
         counter: the highest run number that the caller knows.
+        who: token of a caller that tries again when a rebuild of its own failed, and need not wait then for its own lease to end.
         timeout_s: how long to wait for another member's rebuild.
         clock: for the wait.
 
     Returns the state id.
     """
-    proposed, who = secrets.token_hex(8), secrets.token_hex(8)
+    proposed, who = secrets.token_hex(8), who or secrets.token_hex(8)
     began_s, told = clock.monotonic(), False
     keys = state.keys
 
