@@ -31,7 +31,7 @@ from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.manifest import PartFacts
 from dtr.checkpoint.restoring.fetch import new_memory
 from dtr.checkpoint.restoring.nearby import THREADS as MEMORY_THREADS
-from dtr.checkpoint.restoring.source import OBJECT_BLOCK_BYTES, OBJECT_THREADS
+from dtr.checkpoint.restoring.source import OBJECT_BLOCK_BYTES
 from dtr.checkpoint.survey import read_manifest
 from dtr.checkpoint.uploading.upload import Uploader
 from dtr.config import Settings
@@ -113,7 +113,7 @@ def _local(found: Found, settings: Settings, store: str, state: State, pairs: in
         # Another process would not see this one's slots; this reader does not look at them.
         with (
             CheckpointManager(store, settings=replace(settings, staging=f"{settings.staging}/none")) as reader,
-            _pool(OBJECT_THREADS) as pool,
+            _pool(open_store(store).reads_at_once) as pool,
         ):
             facts = read_manifest(open_store(store).child(settings.job), run, 0).parts[0]
             path = f"{store}/{settings.job}/{facts.object}"
@@ -151,9 +151,10 @@ def _remote(found: Found, settings: Settings, bucket: Any, state: State, pairs: 
     url = f"s3://{bucket.bucket}/dtr?endpoint={bucket.endpoint}&region={bucket.region}"
     with CheckpointManager(url, settings=settings) as manager:
         run = _commit(manager, settings, state)
-    with CheckpointManager(url, settings=replace(settings, staging=f"{settings.staging}/none")) as reader, _pool(OBJECT_THREADS) as pool:
+    threads = open_store(url).reads_at_once
+    with CheckpointManager(url, settings=replace(settings, staging=f"{settings.staging}/none")) as reader, _pool(threads) as pool:
         facts = read_manifest(open_store(url).child(settings.job), run, 0).parts[0]
-        get = _getter(bucket, f"dtr/{settings.job}/{facts.object}")
+        get = _getter(bucket, f"dtr/{settings.job}/{facts.object}", threads)
         ours, raw = _pairs(reader.restore, lambda: _verified(pool, get, facts, new_memory(facts.size_bytes)), pairs)
         found.add("s3", "s3_raw_read", ours, raw, facts.size_bytes)
         found.ratios["s3_over_raw_read"] = _ratio(raw, ours)
@@ -245,11 +246,11 @@ def _memcpy(pool: ThreadPoolExecutor, state: State, targets: State) -> None:
     list(pool.map(lambda name: np.copyto(targets[name], state[name]), state))
 
 
-def _getter(bucket: Any, key: str) -> Callable[[memoryview, int], None]:
+def _getter(bucket: Any, key: str, threads: int) -> Callable[[memoryview, int], None]:
     import boto3
     from botocore.config import Config
 
-    config = Config(max_pool_connections=OBJECT_THREADS, response_checksum_validation="when_required", s3={"addressing_style": "path"})
+    config = Config(max_pool_connections=threads, response_checksum_validation="when_required", s3={"addressing_style": "path"})
     client: Any = boto3.client("s3", endpoint_url=bucket.endpoint, region_name=bucket.region, config=config)
 
     def get(view: memoryview, offset: int) -> None:

@@ -111,6 +111,11 @@ class Store(abc.ABC):
     def url(self) -> str:
         """What ``open_store`` needs to open this very place in another process. Holds no secrets."""
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many threads a large object is best read with: as many as keep a service busy, which answers each request after a while."""
+        return 8
+
     @abc.abstractmethod
     def child(self, prefix: str) -> Store:
         """The same store seen from the folder ``prefix``; connections and what ``probe`` found are shared."""

@@ -73,6 +73,11 @@ class LocalStore(Store):
     def url(self) -> str:
         return "file://" + quote(os.fsencode(self._root))
 
+    @property
+    def reads_at_once(self) -> int:
+        """Threads that read from a folder need a processor each for most of the time: more of them wait for one another."""
+        return min(super().reads_at_once, 2 * (os.cpu_count() or 1))
+
     def child(self, prefix: str) -> LocalStore:
         return LocalStore(os.path.join(self._root, check_key(prefix, "prefix")), shared=self._shared)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final
 
 from dtr.store.base import Progress
@@ -65,35 +63,93 @@ def move(work: Work, pieces: Iterator[Piece], *, threads: int, progress: Progres
     caller's, without a pool. ``ramp``: begin with one piece, and allow one more with each that is done: so that a sender that is killed
     again and again has soon done one each time, where several at once would all be in the middle.
     """
-    over, all_there = threading.Event(), threading.Event()
     if threads == 1:
-        _move_here(work, pieces, over, progress)
+        _move_here(work, pieces, threading.Event(), progress)
         return
+    moving = _Moving(work, pieces, 1 if ramp else threads)
+    helpers = [threading.Thread(target=moving.run, name=f"dtr-store-{n}") for n in range(threads)]
+    try:
+        for helper in helpers:
+            helper.start()
+        moving.begin()
+        if progress:
+            for done_bytes in moving.news():
+                progress(done_bytes)
+        for helper in helpers:
+            helper.join()
+    finally:
+        moving.over.set()
+        moving.begin()
+        for helper in helpers:
+            if helper.ident is not None:
+                helper.join()
+    if moving.error is not None:
+        raise moving.error
 
-    def begin(piece: Piece) -> None:
-        all_there.wait()  # while some work, starting another thread waits for a processor
-        go_on(over)
-        work(piece, over)
 
-    most = threads if ramp else 2 * threads  # as many again lie ready: a thread that is done need not wait for the caller's
-    done_bytes, window = 0, 1 if ramp else most
-    with ThreadPoolExecutor(threads, thread_name_prefix="dtr-store") as pool:  # leaving it waits for the pieces under way
-        running: dict[Future[None], Piece] = {}
+class _Moving:
+    """Pieces that threads take one after the other, each when it is done with its last: the caller's thread need not feed them."""
+
+    def __init__(self, work: Work, pieces: Iterator[Piece], window: int) -> None:
+        self.over = threading.Event()
+        self.error: BaseException | None = None
+        self._work, self._pieces, self._window = work, pieces, window
+        self._changed = threading.Condition()
+        self._started = threading.Event()
+        self._running, self._done_bytes, self._left = 0, 0, True
+
+    def begin(self) -> None:
+        """All threads are there. While some work, starting another would wait for a processor."""
+        self._started.set()
+
+    def run(self) -> None:
+        """Work until no piece is left or it is over; what each thread does."""
+        self._started.wait()
         try:
-            running.update((pool.submit(begin, piece), piece) for piece in islice(pieces, window))
-            all_there.set()
-            while running:
-                for future in wait(running, timeout=_TICK_S, return_when=FIRST_COMPLETED).done:
-                    piece = running.pop(future)
-                    future.result()
-                    done_bytes += piece.size_bytes
-                    window = min(most, window + 1)
-                if progress:
-                    progress(done_bytes)
-                running.update((pool.submit(begin, following), following) for following in islice(pieces, window - len(running)))
-        finally:
-            over.set()
-            all_there.set()
+            while (piece := self._next()) is not None:
+                self._work(piece, self.over)
+                self._done(piece)
+        except BaseException as exc:  # it is raised in the caller's thread
+            with self._changed:
+                self.error = self.error or exc
+                self.over.set()
+                self._changed.notify_all()
+
+    def _next(self) -> Piece | None:
+        with self._changed:
+            while self._left and self._running >= self._window and not self.over.is_set():
+                self._changed.wait(_TICK_S)
+            if self.over.is_set() or not self._left:
+                return None
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._left = False
+                self._changed.notify_all()
+            else:
+                self._running += 1
+            return piece
+
+    def _done(self, piece: Piece) -> None:
+        with self._changed:
+            self._running -= 1
+            self._done_bytes += piece.size_bytes
+            self._window += 1
+            self._changed.notify_all()
+
+    def news(self) -> Iterator[int]:
+        """The bytes that are done, with each piece and at least once a tick, until all are or one failed."""
+        told = 0
+        while True:
+            with self._changed:
+                if told == self._done_bytes and self._is_under_way():
+                    self._changed.wait(_TICK_S)
+                if told == self._done_bytes and not self._is_under_way():
+                    return
+                told = self._done_bytes
+            yield told
+
+    def _is_under_way(self) -> bool:
+        return not self.over.is_set() and (self._left or self._running > 0)
 
 
 def _move_here(work: Work, pieces: Iterator[Piece], over: threading.Event, progress: Progress | None) -> None:

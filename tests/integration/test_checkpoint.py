@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,20 @@ class TestSaving:
         assert found is not None
         assert (found.run, found.step) == (handle.run, 3)
         assert_is(found.state, 3)
+
+    @pytest.mark.parametrize("options", [{}, {"only": "model/*"}], ids=["whole", "part"])
+    def test_what_was_restored_goes_with_its_last_name(self, manager: CheckpointManager, uploads: Uploads, options: dict[str, Any]) -> None:
+        """A restored state that nobody holds any more is freed at once, not when the garbage collector runs: it may be large."""
+        manager.save_async(state_of(3), 3).durable.result(WITHIN_S)
+        gc.disable()
+        try:
+            found = manager.restore(**options)
+            assert found is not None
+            kept = weakref.ref(found.state["model"]["w"])
+            del found
+            assert kept() is None
+        finally:
+            gc.enable()
 
     def test_who_waits_in_vain_is_told_for_what(self, manager: CheckpointManager) -> None:
         """Without an uploader nothing is decided; the error names the save and the command that tells more."""

@@ -41,48 +41,31 @@ class _Builder:
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         self._leaves = leaves
         self._memories: dict[str, Any] = {}  # what torch tensors share, by the name of the tensor in the file
-        self._by_name: dict[str, Callable[[Any, int], Any]] = {
-            "dict": self._dict,
-            "items": lambda node, levels: dict(self._items(node, levels)),
-            "ordered": lambda node, levels: OrderedDict(self._items(node, levels)),
-            "tuple": lambda node, levels: tuple(self._list(node, levels)),
-            "int": lambda node, levels: _int(node),
-            "float": lambda node, levels: _float(node),
-            "str": lambda node, levels: _text(node),
-            "bytes": lambda node, levels: self._bytes(node).tobytes(),
-            "bytearray": lambda node, levels: bytearray(self._bytes(node)),
-            "array": lambda node, levels: self._array(node),
-            "scalar": lambda node, levels: _scalar(node),
-            "numpy_str": self._numpy_str,
-            "numpy_bytes": lambda node, levels: np.bytes_(_hex(node)),
-            "torch": lambda node, levels: self._torch(node),
-            "parameter": lambda node, levels: self._parameter(node),
-        }
 
     def value(self, node: Any, levels: int) -> Any:
         if node is None or type(node) in {bool, int, float, str}:
             return node
         if type(node) is list:
-            return self._list(node, levels)
+            return self.list_of(node, levels)
         if type(node) is dict and len(node) == 1:
             ((name, inner),) = node.items()
-            if (build := self._by_name.get(name)) is not None:
-                return build(inner, levels)
+            if (build := _NODES.get(name)) is not None:
+                return build(self, inner, levels)
         raise _invalid(node, "a node")
 
     # --- containers ---
 
-    def _list(self, node: Any, levels: int) -> list[Any]:
+    def list_of(self, node: Any, levels: int) -> list[Any]:
         if type(node) is not list or not levels:
             raise _invalid(node, f"a list within {MAX_DEPTH} levels")
         return [self.value(item, levels - 1) for item in node]
 
-    def _dict(self, node: Any, levels: int) -> dict[str, Any]:
+    def dict_of(self, node: Any, levels: int) -> dict[str, Any]:
         if type(node) is not dict or not levels:
             raise _invalid(node, f"an object within {MAX_DEPTH} levels")
         return {key: self.value(item, levels - 1) for key, item in node.items()}
 
-    def _items(self, node: Any, levels: int) -> list[tuple[Any, Any]]:
+    def items(self, node: Any, levels: int) -> list[tuple[Any, Any]]:
         if type(node) is not list or not levels or not all(type(pair) is list and len(pair) == 2 for pair in node):
             raise _invalid(node, f"a list of pairs within {MAX_DEPTH} levels")
         items = [(self._key(key), self.value(item, levels - 1)) for key, item in node]
@@ -106,7 +89,7 @@ class _Builder:
             raise _invalid(name, "the name of a tensor in the file")
         return found
 
-    def _bytes(self, name: Any) -> NDArray[np.uint8]:
+    def bytes_of(self, name: Any) -> NDArray[np.uint8]:
         tensor = self._leaf(name)
         if tensor.label != "U8" or tensor.array.ndim != 1:
             raise _invalid(name, "a tensor of bytes")
@@ -125,7 +108,7 @@ class _Builder:
                     return self._leaf(name), dtype, tuple(shape), tuple(strides), offset
         raise _invalid(node, "a tensor's name, and dtype, shape, strides and offset of a view of it")
 
-    def _array(self, node: Any) -> NDArray[Any]:
+    def array(self, node: Any) -> NDArray[Any]:
         if type(node) is str:
             tensor = self._leaf(node)
             if tensor.label not in dtypes.NATIVE:
@@ -139,7 +122,7 @@ class _Builder:
         tensor, described, shape = self._described(node)
         return _reinterpreted(tensor, dtypes.parse(described), shape)
 
-    def _torch(self, node: Any, *, requires_grad: bool | None = None) -> Any:
+    def torch(self, node: Any, *, requires_grad: bool | None = None) -> Any:
         if type(node) is str:
             tensor = self._leaf(node)
             return torch_tensors.build(self._memory(node), tensor, requires_grad=requires_grad)
@@ -164,17 +147,38 @@ class _Builder:
             self._memories[name] = torch_tensors.memory_of(self._leaf(name).array)
         return self._memories[name]
 
-    def _parameter(self, node: Any) -> Any:
+    def parameter(self, node: Any) -> Any:
         match node:
             case [{"torch": inner, **rest}, bool(requires_grad)] if not rest:
-                return self._torch(inner, requires_grad=requires_grad)
+                return self.torch(inner, requires_grad=requires_grad)
         raise _invalid(node, "a torch tensor and whether it requires a gradient")
 
-    def _numpy_str(self, node: Any, levels: int) -> Any:
+    def numpy_str(self, node: Any) -> Any:
         text = self.value(node, 0)
         if type(text) is not str:
             raise _invalid(node, "text")
         return np.str_(text)
+
+
+# What each kind of node stands for. One table for all builders: one that a builder held, and that held the builder, would keep every
+# restored byte until the garbage collector runs.
+_NODES: Final[Mapping[str, Callable[[_Builder, Any, int], Any]]] = {
+    "dict": lambda builder, node, levels: builder.dict_of(node, levels),
+    "items": lambda builder, node, levels: dict(builder.items(node, levels)),
+    "ordered": lambda builder, node, levels: OrderedDict(builder.items(node, levels)),
+    "tuple": lambda builder, node, levels: tuple(builder.list_of(node, levels)),
+    "int": lambda builder, node, levels: _int(node),
+    "float": lambda builder, node, levels: _float(node),
+    "str": lambda builder, node, levels: _text(node),
+    "bytes": lambda builder, node, levels: builder.bytes_of(node).tobytes(),
+    "bytearray": lambda builder, node, levels: bytearray(builder.bytes_of(node)),
+    "array": lambda builder, node, levels: builder.array(node),
+    "scalar": lambda builder, node, levels: _scalar(node),
+    "numpy_str": lambda builder, node, levels: builder.numpy_str(node),
+    "numpy_bytes": lambda builder, node, levels: np.bytes_(_hex(node)),
+    "torch": lambda builder, node, levels: builder.torch(node),
+    "parameter": lambda builder, node, levels: builder.parameter(node),
+}
 
 
 def _is_shape(shape: list[Any]) -> bool:

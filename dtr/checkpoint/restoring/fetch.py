@@ -6,7 +6,6 @@ the caller's own. What is read is cut into windows at the edges of pieces; a win
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
@@ -23,14 +22,13 @@ from dtr.checkpoint.format.tree import TREE
 from dtr.checkpoint.restoring import fill, scattered
 from dtr.checkpoint.restoring.contract import Source, Where
 from dtr.checkpoint.restoring.scattered import Extent, Located, Whole, check_fits
-from dtr.checkpoint.restoring.source import OBJECT_THREADS, PieceSource
+from dtr.checkpoint.restoring.source import PieceSource
 from dtr.errors import IntegrityError
 from dtr.store.pieces import Piece, move
 
 __all__ = ["Tee", "check_asked", "new_memory", "read_bytes", "read_state"]
 
 _WINDOW_BYTES: Final = 8 << 20
-_MEMORY_THREADS: Final = 4
 _ALIGNMENT: Final = 64
 _DIRECT_BYTES: Final[dict[Where, int]] = {"slot": 64 << 10, "cache": 64 << 10, "store": 4 << 20}  # what is worth a read of its own
 _SMALL_BYTES: Final = 64 << 10  # copied at once; a larger copy lets other threads go on
@@ -206,9 +204,8 @@ def _read(source: Source, items: list[tuple[int, memoryview]], tee: Tee | None =
             _copy(view, found)
 
     direct_bytes = _DIRECT_BYTES[source.where]
-    threads = OBJECT_THREADS if source.where == "store" else min(_MEMORY_THREADS, os.cpu_count() or 1)
     order = (Piece(number=n, start=n * window_bytes, end=(n + 1) * window_bytes) for n in sorted(windows))
-    move(read, order, threads=threads if len(windows) > 1 else 1)
+    move(read, order, threads=source.threads if len(windows) > 1 else 1)
 
 
 def _laid(

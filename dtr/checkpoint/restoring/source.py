@@ -32,7 +32,6 @@ __all__ = ["PIECE_BYTES", "PieceSource", "Pieces", "check_object", "source_of"]
 
 PIECE_BYTES: Final = 16 << 20  # of what has no pieces of its own
 OBJECT_BLOCK_BYTES: Final = 8 << 20  # one request; each opens the file, or asks the service, anew
-OBJECT_THREADS: Final = 8
 
 T = TypeVar("T")
 Fill = Callable[[memoryview, int], None]  # fill the buffer with the bytes from an offset on, or raise
@@ -94,7 +93,8 @@ class PieceSource:
     ) -> None:
         self.name, self.where, self.state_bytes = name, where, pieces.size_bytes
         self.piece_bytes = pieces.piece_bytes if pieces.crcs or pieces.whole < 0 else 0
-        self._pieces, self._fill, self._threads, self._block_bytes, self._close = pieces, fill, threads, block_bytes, close
+        self._pieces, self._fill, self._block_bytes, self._close = pieces, fill, block_bytes, close
+        self.threads = threads
         self.check = check
         self._whole: bytearray | None = None
         self._head: bytearray | None = None
@@ -208,7 +208,7 @@ class PieceSource:
 
     def _move(self, read: Callable[[Piece, threading.Event], None], start: int, end: int) -> None:
         pieces = self._pieces.covering(start, end)
-        move(read, pieces, threads=self._threads if end - start > self._pieces.piece_bytes else 1)
+        move(read, pieces, threads=self.threads if end - start > self._pieces.piece_bytes else 1)
 
     def _crc_of(self, views: Iterable[memoryview], start: int, over: threading.Event) -> int:
         """Read into ``views``; the checksum of what was read, of nothing useful where another piece has failed or none is known."""
@@ -267,7 +267,7 @@ def _object(store: Store, facts: PartFacts, patience_s: float, clock: Clock) -> 
         where="store",
         pieces=Pieces.of(facts),
         fill=fill,
-        threads=OBJECT_THREADS,
+        threads=store.reads_at_once,
         block_bytes=OBJECT_BLOCK_BYTES,
         check=lambda: persist(lambda: check_object(store, facts)),
     )
