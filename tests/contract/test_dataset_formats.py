@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tarfile
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dtr.datasets.formats import Format, Span, format_of_fields, make_format
 from dtr.datasets.formats import jsonl as jsonl_module
+from dtr.datasets.formats.columns import column_of
 from dtr.errors import DatasetMismatch, InvalidInput
 
 ROWS = 23
+VALUES: list[Any] = [3, 1.5, 2**53 + 1, 2**70, True, "x", None, [1, 2], [1, 2, 3], [1.0, 2.5]]
 
 
 @dataclass(frozen=True)
@@ -231,14 +237,31 @@ class TestJsonLines:
         with pytest.raises(DatasetMismatch, match="line 2 is empty"):
             measured(self.format, path)
 
-    def test_a_bad_line_within_is_found_when_it_is_read(self, tmp_path: Path) -> None:
+    @given(runs=st.lists(st.tuples(st.sampled_from(VALUES), st.integers(1, 9))))
+    def test_a_column_is_what_its_values_are_however_they_are_read(self, runs: list[tuple[Any, int]]) -> None:
+        """Read a few lines at a time: dtype, shape and every value are those of a column that is made of all values at once."""
+        lines = [json.dumps({"v": value}).encode() for value, count in runs for _ in range(count)]
+        text = b"".join(line + b"\n" for line in lines)
+        with pytest.MonkeyPatch.context() as patch, tempfile.NamedTemporaryFile() as written, open(written.name, "rb") as file:
+            patch.setattr(jsonl_module, "_PIECE_LINES", 5)
+            written.write(text)
+            written.flush()
+            found = self.format.read(file, Span(start=0, stop=len(lines), first_byte=0, end_byte=len(text)), ["v"])["v"]
+        wanted = column_of([orjson.loads(line)["v"] for line in lines])
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert found.tolist() == wanted.tolist()
+
+    @pytest.mark.parametrize("piece_lines", [1, 256])
+    def test_a_bad_line_within_is_found_when_it_is_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_lines: int) -> None:
         """Counting does not parse every line; reading does, and names it."""
+        monkeypatch.setattr(jsonl_module, "_PIECE_LINES", piece_lines)
         path = tmp_path / "a.jsonl"
         path.write_text('{"a": 1}\n{"a": 2}\n{"a": }\n{"b": 4}\n')
         size = path.stat().st_size
         with path.open("rb") as file, pytest.raises(DatasetMismatch, match=f"{path} line 3 is not JSON"):
             self.format.read(file, Span(start=0, stop=4, first_byte=0, end_byte=size), None)
 
+    @pytest.mark.parametrize("piece_lines", [1, 256])
     @pytest.mark.parametrize(
         ("lines", "columns", "message"),
         [
@@ -248,8 +271,11 @@ class TestJsonLines:
             ('{"a": 1}\n{"a": 2, "b": 2}\n', ["a"], ""),
         ],
     )
-    def test_lines_with_other_keys_are_no_damage(self, tmp_path: Path, lines: str, columns: list[str] | None, message: str) -> None:
+    def test_lines_with_other_keys_are_no_damage(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_lines: int, lines: str, columns: list[str] | None, message: str
+    ) -> None:
         """Given an optional key, then the error says which columns to ask for, and is none that leaves out a shard."""
+        monkeypatch.setattr(jsonl_module, "_PIECE_LINES", piece_lines)
         path = tmp_path / "a.jsonl"
         path.write_text(lines)
         with path.open("rb") as file, pytest.raises(InvalidInput, match=message) if message else nullcontext() as caught:

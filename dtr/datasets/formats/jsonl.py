@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any
@@ -22,6 +22,7 @@ __all__ = ["JsonLines"]
 _CHUNK_BYTES = 4 << 20
 _MAX_LINE_BYTES = 64 << 20  # beyond it is no sample but a file that lost its newlines; and a line is in memory as a whole
 _NEWLINE = 10
+_PIECE_LINES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,24 +56,59 @@ class JsonLines:
         return tuple(_whole_line(file, 0, line=1)) if os.fstat(file.fileno()).st_size else ()
 
     def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
-        samples = list(self.iterate(file, span))
-        chosen = chosen_columns(columns, tuple(samples[0]) if samples else columns or (), file.name)
-        check_alike(samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name} line {span.start + n + 1}")
-        return {column: column_of([sample[column] for sample in samples]) for column in chosen}
+        lines = _lines(file, span)
+        there = tuple(_object(lines[0], file.name, span.start + 1)) if lines else columns or ()
+        chosen = chosen_columns(columns, there, file.name)
+
+        def of(low: int, high: int) -> Columns:
+            samples = _parsed(lines[low:high], file.name, span.start + low)
+            check_alike(samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name} line {span.start + low + n + 1}")
+            return {column: column_of([sample[column] for sample in samples]) for column in chosen}
+
+        return _in_pieces(of, len(lines)) or of(0, len(lines))
 
     def iterate(self, file: BufferedReader, span: Span) -> Iterator[Any]:
-        file.seek(span.first_byte)
-        lines = file.read(span.end_byte - span.first_byte).split(b"\n")
-        if lines[-1] == b"":
-            lines.pop()
-        if len(lines) != span.stop - span.start:
-            raise DatasetMismatch(
-                f"{file.name}: expected lines {span.start + 1} to {span.stop} in bytes {span.first_byte} to {span.end_byte}, "
-                f"found {len(lines)} lines there",
-                file=file.name,
-            )
-        for number, line in enumerate(lines, span.start + 1):
+        for number, line in enumerate(_lines(file, span), span.start + 1):
             yield _object(line, file.name, number)
+
+
+def _lines(file: BufferedReader, span: Span) -> list[bytes]:
+    file.seek(span.first_byte)
+    lines = file.read(span.end_byte - span.first_byte).split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    if len(lines) != span.stop - span.start:
+        raise DatasetMismatch(
+            f"{file.name}: expected lines {span.start + 1} to {span.stop} in bytes {span.first_byte} to {span.end_byte}, "
+            f"found {len(lines)} lines there",
+            file=file.name,
+        )
+    return lines
+
+
+def _in_pieces(of: Callable[[int, int], Columns], lines: int) -> Columns | None:
+    """The columns of all lines, made from those of a few at a time, whose objects are still in the processor's cache.
+
+    None where pieces differ in dtype or shape: what the whole column is can only be told of all its values. Where they do not, the whole
+    is what they are.
+    """
+    count = lines // _PIECE_LINES
+    pieces: list[Columns] = []
+    for n in range(count):
+        pieces.append(of(n * lines // count, (n + 1) * lines // count))
+        if len({tuple((values.dtype, values.shape[1:]) for values in piece.values()) for piece in (pieces[0], pieces[-1])}) > 1:
+            return None
+    return {column: np.concatenate([piece[column] for piece in pieces]) for column in pieces[0]} if count else None
+
+
+def _parsed(lines: list[bytes], name: str, start: int) -> list[dict[str, Any]]:
+    try:
+        samples = list(map(orjson.loads, lines))
+    except orjson.JSONDecodeError:
+        samples = []
+    if {type(sample) for sample in samples} == {dict}:
+        return samples
+    return [_object(line, name, number) for number, line in enumerate(lines, start + 1)]  # says which line it is
 
 
 def _count(file: BufferedReader, shard_size: int) -> tuple[int, list[NDArray[np.int64]], int]:

@@ -39,7 +39,7 @@ local echo, answer = channel_state(fences, worker, 'loader', number)
 if echo ~= 'new' and echo ~= 'repeat' then return echo end
 -- A write that took effect in a run that ended before its sender knew is refused when it is repeated, so its number comes again.
 if echo == 'repeat' and string.sub(answer, 1, #ledger + 1) == ledger .. ' ' then return string.sub(answer, #ledger + 2) end
-local held = redis.call('HMGET', ledger, ':fence', ':mode', 'leases/' .. rank, 'dry/' .. rank, 'have/' .. rank)
+local held = redis.call('HMGET', ledger, ':fence', ':mode', 'leases/' .. rank, 'dry/' .. rank, 'have/' .. rank, ':most')
 if held[2] ~= 'dynamic' then return redis.error_reply('LEDGER_UNSET this run has no ledger of that data set and epoch') end
 
 local fence, leased, bad, words = tonumber(held[1]), 0, {}, {}
@@ -66,14 +66,15 @@ end
 -- Whoever got something need not be told whether it was the last: counting every time is what would cost most here.
 local dry = leased == 0 and #bad == 0 and known_leases == tonumber(held[3] or 0)
   and redis.call('BITCOUNT', taken) == 8 * redis.call('STRLEN', taken)
-if have > tonumber(held[5] or -1) then ledger_have(ledger, rank, have) end
+local fields = {':fence', fence, 'leases/' .. rank, tonumber(held[3] or 0) + leased}
+ledger_have(fields, rank, have, held[5], held[6])
 if dry then
   if redis.call('HSETNX', ledger, 'dry/' .. rank, have) == 1 then redis.call('HINCRBY', ledger, ':dry', 1) end
 elseif held[4] then
   redis.call('HDEL', ledger, 'dry/' .. rank)
   redis.call('HINCRBY', ledger, ':dry', -1)
 end
-redis.call('HSET', ledger, ':fence', fence, 'leases/' .. rank, tonumber(held[3] or 0) + leased)
+redis.call('HSET', ledger, unpack(fields))
 redis.call('PEXPIRE', ledger, keep_ms)
 redis.call('PEXPIRE', taken, keep_ms)
 answer = (dry and 1 or 0) .. '|' .. table.concat(words, ' ') .. '|' .. table.concat(bad, ' ')

@@ -24,34 +24,43 @@
 -- INCLUDE ledger
 local roster, ledger, done = KEYS[1], KEYS[2], KEYS[3]
 local fence, worker, rank, incarnation = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local have, step, samples, batch, out, old = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
+local have, step, samples, batch, out, old = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8], ARGV[9], tonumber(ARGV[10])
 local keep_ms = ARGV[11]
 
 local run = redis.call('HMGET', roster, ':fence', worker)
 if run[1] ~= fence or run[2] ~= rank .. ' ' .. incarnation then
   return redis.error_reply('ROSTER_CHANGED this member is not in an open run')
 end
-if redis.call('HEXISTS', ledger, ':base') == 0 then
-  return redis.error_reply('LEDGER_UNSET this run has no ledger of that data set and epoch')
-end
+local held = redis.call('HMGET', ledger, ':base', 'have/' .. rank, ':most')
+if not held[1] then return redis.error_reply('LEDGER_UNSET this run has no ledger of that data set and epoch') end
 
-ledger_have(ledger, rank, have)
-redis.call('HSET', ledger, 'samples/' .. rank, samples)
-if step ~= '' then redis.call('HSET', ledger, 'step/' .. rank, step) end
-if batch ~= '' then redis.call('HSET', ledger, 'out/' .. rank .. '/' .. batch, out) end
-redis.call('HDEL', ledger, 'out/' .. rank .. '/' .. old)
-local counted = 0
+local fields, counted, whole = {'samples/' .. rank, samples}, 0, false
+ledger_have(fields, rank, have, held[2], held[3])
+local function set(name, value)
+  fields[#fields + 1] = name
+  fields[#fields + 1] = value
+end
+if step ~= '' then set('step/' .. rank, step) end
+if batch ~= '' then set('out/' .. rank .. '/' .. batch, out) end
 for i = 12, #ARGV - 2, 3 do
   if redis.call('HGET', ledger, 'lease/' .. ARGV[i]) == worker .. ' ' .. incarnation .. ' ' .. ARGV[i + 1] then
     counted = counted + 1
     if ARGV[i + 2] == '' then
+      whole = true
       redis.call('HDEL', ledger, 'lease/' .. ARGV[i], 'part/' .. ARGV[i])
       redis.call('SETBIT', done, ARGV[i], 1)
+    elseif #fields < 1000 then
+      set('part/' .. ARGV[i], ARGV[i + 2])
     else
       redis.call('HSET', ledger, 'part/' .. ARGV[i], ARGV[i + 2])
     end
   end
 end
-redis.call('PEXPIRE', ledger, keep_ms)
-redis.call('PEXPIRE', done, keep_ms)
+redis.call('HSET', ledger, unpack(fields))
+if old >= 0 then redis.call('HDEL', ledger, 'out/' .. rank .. '/' .. ARGV[10]) end
+-- Every sixteenth batch will do: keep_ms is days.
+if whole or batch == '' or tonumber(batch) % 16 == 0 then
+  redis.call('PEXPIRE', ledger, keep_ms)
+  redis.call('PEXPIRE', done, keep_ms)
+end
 return counted
