@@ -40,7 +40,7 @@ __all__ = ["main"]
 
 TRIVIAL = "return {KEYS[1], ARGV[1]}"
 OPTIONS: dict[str, Any] = {
-    "batch_size": 256, "global_batch_size": None, "epochs": 1, "columns": None, "seed": 0, "prefetch": 4, "mode": "dynamic",
+    "batch_size": 256, "global_batch_size": None, "epochs": 1, "columns": None, "seed": 0, "prefetch": 8, "mode": "dynamic",
     "tail": "empty", "window": None,
 }  # fmt: skip
 IN_SEQUENCE = OPTIONS | {"mode": "deterministic", "batch_size": None, "global_batch_size": OPTIONS["batch_size"]}

@@ -140,6 +140,10 @@ class Loading:
 
         return self.each(loop)
 
+    def told(self) -> None:
+        """Redis has heard every report: some go with the next one."""
+        assert all(rank.plane.reports.flush(30) for rank in self.ranks)
+
     def merged(self) -> dict[str, Any]:
         """The data state that a checkpoint of this moment would have."""
         step = next(self._looks)  # a step is captured once

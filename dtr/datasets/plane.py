@@ -28,7 +28,7 @@ from dtr.datasets.loading.loader import Loader
 from dtr.datasets.loading.plan import Plan, Reading, planned, reading
 from dtr.datasets.registering.registry import DatasetRegistry
 from dtr.datasets.registering.spec import Dataset
-from dtr.datasets.timemachine.journal import Account, Journal, Origin, Row, parse_account
+from dtr.datasets.timemachine.journal import Account, Journal, Row, parse_account
 from dtr.errors import DataConflict, DtrError, InvalidInput, LedgerUnset, StateCorrupt
 from dtr.session import Session
 
@@ -252,7 +252,7 @@ class DataPlane:
         run, found = self._session.run, dict[str, dict[str, Any]]()
         for batch in batches:
             loader, name = self._loaders[batch.dataset], batch.dataset
-            origin = Origin.of(loader.base, run.world_size)
+            origin = loader.origin
             row = Row.of(step, batch, by_order=loader.plan.mode == "deterministic")
             with self._mutex:
                 told = self._journal.add(name, origin, row, run.world_size)
@@ -265,7 +265,8 @@ class DataPlane:
         who, keys = self._session.identity, self._session.state.keys
         keep = max(16, min(STEPS_IN_REDIS, ENTRIES_IN_REDIS // run.world_size))
         seat = [f"{who.state_id} {run.id}", who.worker_id, run.rank, run.roster[who.worker_id].incarnation]
-        self.reports.send("journal_note", [keys.roster, keys.journal(run.id, run.rank)], [*seat, step, keep, JOURNAL_KEEP_MS, *accounts])
+        args = [*seat, step, keep, JOURNAL_KEEP_MS, *accounts]
+        self.reports.send("journal_note", [keys.roster, keys.journal(run.id, run.rank)], args, at_once=False)
 
     def committed(self, run: str, step: int) -> None:
         """See :func:`committed`."""

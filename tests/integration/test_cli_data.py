@@ -95,14 +95,17 @@ def test_which_and_replay_follow_the_lineage(stored: Settings, dtr: Dtr, options
     """Run a commits step 3 and trains to 6; b goes on from 3 on other ranks: step 2 is a's, step 5 is b's; a's step 5 only by name."""
     with training(stored, 3, "a") as (a, save):
         a.train(4, **options)
+        a.told()
         run_a = save(3)
         a.train(3, **options)
+        a.told()
         eventually(lambda: dtr("which", "--step", "6", "--json")["batches"][2:], what="the report of step 6")
         left = dtr("which", "--step", "5", "--json")
         assert [files_of(batch) for batch in left["batches"]] == seen_at(a, 5)
         assert (left["source"], left["on_lineage"]) == ("redis", True)
     with training(stored, 2, "b") as (b, save):
         b.train(4, **options)
+        b.told()
         run_b = save(7)
         found = dtr("which", "--step", "5", "--json")
         assert (found["run"], [files_of(batch) for batch in found["batches"]]) == (run_b, seen_at(b, 5, 4))
@@ -120,8 +123,10 @@ def test_the_store_alone_tells_what_was_committed(stored: Settings, dtr: Dtr, op
     """No Redis at all: `which`, `replay` and `show` go by the store, and name what the trainers wrote down."""
     with training(stored, 2, "a") as (a, save):
         a.train(3, **options)
+        a.told()
         save(2)
         a.train(2, **options)
+        a.told()
         save(4)
     away = {"url": NOBODY, "store": str(stored.store)}
     for step in range(5):
@@ -154,6 +159,7 @@ def test_skipped_samples_stay_away_after_redis_was_emptied(stored: Settings, own
     assert dtr(*text, "--json", url=own.redis_url)["new"] is False
     with training(own, 2, "a") as (a, save):
         a.train(4)
+        a.told()
         save(3)
         seen = a.seen()
     with redis.Redis.from_url(own.redis_url) as raw:
@@ -161,6 +167,7 @@ def test_skipped_samples_stay_away_after_redis_was_emptied(stored: Settings, own
     registry.register("numbers", **facts)
     with training(own, 3, "b") as (b, save):
         b.train(epochs=2)
+        b.told()
         save(b.ranks[0].step)
         wanted = set(range(400)) - set(range(120, 130))
         assert once_each(seen + b.seen(), wanted)
@@ -180,10 +187,12 @@ def test_a_skip_leaves_the_global_batch_smaller_and_the_sequence_as_it_is(stored
     """Deterministic mode: the same batches without the samples, on any number of ranks, in equal steps."""
     with loading(stored, 1, names="a") as job:
         job.train(**MODE)
+        job.told()
         plain = [set(ids) for _, ids in job.ranks[0].seen]
     dtr("skip", "numbers", "part-0.jsonl:3-7", "--reason", "broken")
     with loading(replace(stored, store=None), 3, names="b") as job:
         steps = job.train(**MODE)
+        job.told()
         assert len(set(steps)) == 1
         batches = [set().union(*(set(rank.seen[n][1]) for rank in job.ranks)) for n in range(steps[0])]
         assert batches == [ids - {3, 4, 5, 6} for ids in plain]
@@ -258,6 +267,7 @@ def test_progress_by_shard_and_worker(stored: Settings, dtr: Dtr) -> None:
     dtr("skip", "numbers", "part-3.jsonl:0-5", "--reason", "x")
     with loading(stored, 2, names="a") as job:
         job.train(6)
+        job.told()
         eventually(lambda: dtr("which", "--step", "5", "--json")["batches"][1:], what="the report of step 5")
         (one,) = dtr("progress", "--json")["datasets"]
         assert (one["epoch"], one["samples"], one["consumed"]) == (0, 400, 120)
@@ -268,6 +278,7 @@ def test_progress_by_shard_and_worker(stored: Settings, dtr: Dtr) -> None:
         assert Counter(shard["state"] for shard in one["shards"]).keys() >= {"done", "leased", "free"}
         assert "120 of 400 samples" in dtr("progress", "--shards")
         job.train()
+        job.told()
         (one,) = dtr("progress", "numbers", "--json")["datasets"]
         assert (one["consumed"], one["left_out"], one["eta_s"]) == (395, 5, 0.0)
         assert {shard["state"] for shard in one["shards"]} == {"done"}
@@ -282,6 +293,7 @@ def test_a_quarantined_shard_is_shown_with_its_error(stored: Settings, dtr: Dtr,
     os.utime(broken, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     with loading(stored, 1, names="a") as job:
         job.train()
+        job.told()
         shown = dtr("show", "numbers", "--json")
         (bad,) = shown["quarantined"]
         assert (bad["shard"], bad["file"], bad["start"], bad["stop"]) == (8, "part-2.jsonl", 0, 25)
@@ -354,15 +366,18 @@ def test_progress_counts_what_the_lineage_consumed_before_the_run(stored: Settin
     """Run a commits midway; in run b the epoch has what a consumed, to the sample, before b's first batch and after."""
     with training(stored, 3, "a") as (a, save):
         a.train(4, **options)
+        a.told()
         save(3)
     before = sum(a.seen().values())
     with training(stored, 2, "b") as (b, _):
         b.train(2, **options)
+        b.told()
         eventually(lambda: dtr("which", "--step", "5", "--json")["batches"][1:], what="the report of step 5")
         (one,) = dtr("progress", "--json")["datasets"]
         assert (one["consumed"], one["samples"]) == (before + sum(b.seen().values()), 400)
         assert [(worker["step"], worker["samples"]) for worker in one["workers"]] == [(5, len(ids)) for ids in seen_of(b)]
         b.train(**options)
+        b.told()
         eventually(lambda: dtr("progress", "--json")["datasets"][0]["consumed"] == 400, what="the last reports")
         assert "over" in dtr("progress")
 

@@ -73,8 +73,7 @@ class Consumption:
             epoch, cursor = batch.epoch, batch.number + 1
 
     def consume(self, batch: Batch) -> None:
-        """The trainer has consumed a batch. Raises as `check`."""
-        self.check([batch])
+        """The trainer has consumed a batch, which `check` let pass."""
         if batch.epoch > self.epoch:
             self._turn_to(batch.epoch)
         if isinstance(self._start, Dynamic):
@@ -125,7 +124,12 @@ class Consumption:
     def _is_known(self, batch: Batch) -> bool:
         if isinstance(self._start, Cursor):
             return batch.number < self._cursor
-        return any(ranges.common(self._held(shard), ((start, stop),)) for shard, start, stop in batch.ranges)
+        for shard, start, stop in batch.ranges:
+            held = self._held(shard)
+            # The usual case first: on from where the last batch ended.
+            if held and start < held[-1][1] and ranges.common(held, ((start, stop),)):
+                return True
+        return False
 
     def _turn_to(self, epoch: int) -> None:
         for ended in [e for e in self._handed if e < epoch]:
@@ -142,8 +146,4 @@ class Consumption:
 
 def _add(sets: Sets, given: Sequence[SampleRange]) -> None:
     for shard, start, stop in given:
-        held = sets.get(shard, ())
-        if held and held[-1][1] == start:  # the usual case: on from where the last batch ended
-            sets[shard] = (*held[:-1], (held[-1][0], stop))
-        else:
-            sets[shard] = ranges.union(held, ((start, stop),))
+        sets[shard] = ranges.plus(sets.get(shard, ()), start, stop)

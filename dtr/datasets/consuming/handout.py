@@ -91,7 +91,7 @@ class Handout:
             before = self._sums.get(shard)
             if before is None:
                 before = self._base.partial.get(shard, ()) if isinstance(self._base, Dynamic) and self._base.epoch == epoch else ()
-            self._sums[shard] = ranges.union(before, ((start, stop),))
+            self._sums[shard] = ranges.plus(before, start, stop)
         told: list[Any] = []
         for shard in dict.fromkeys(shard for shard, _, _ in given):
             whole = self._sums[shard] == ((0, self._plan.dataset.size_of(shard)),)

@@ -26,6 +26,7 @@ __all__ = [
     "of_numbers",
     "parse_numbers",
     "parse_ranges",
+    "plus",
     "union",
 ]
 
@@ -62,6 +63,13 @@ def union(*sets: Ranges) -> Ranges:
     """What is in any of them."""
     filled = [one for one in sets if one]
     return filled[0] if len(filled) == 1 else normal(pair for one in filled for pair in one)
+
+
+def plus(these: Ranges, start: int, stop: int) -> Ranges:
+    """``these`` and the numbers from ``start`` to before ``stop``: quick where they go on from the end of ``these``."""
+    if these and these[-1][1] == start < stop:
+        return (*these[:-1], (these[-1][0], stop))
+    return union(these, ((start, stop),)) if start < stop else these
 
 
 def minus(these: Ranges, those: Ranges) -> Ranges:

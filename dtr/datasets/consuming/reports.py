@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MOST_UNANSWERED: Final = 1000  # on their way at once; of more than that, those are left that say what no later one says
 READ_BYTES: Final = 65_536
+READ_FROM: Final = 8  # answers that are owed, from which on a report stays to read them
 LOOK_S: Final = 0.25
 SILENT_LOOKS: Final = 20  # after which a connection without an answer is taken for lost
 SCRIPTS: Final = ("ledger_report", "ckpt_data", "journal_note", "speed_note", "ledger_quarantine")
@@ -71,11 +72,16 @@ class Reports:
             threading.Thread(target=self._look_after, args=(self._over,), name="dtr-reports", daemon=True).start()
         self._connect()
 
-    def send(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> None:
-        """Send one report behind those that wait; raises nothing: a server that is away gets it later."""
+    def send(self, script: str, keys: Sequence[str], args: Sequence[Any], *, at_once: bool = True) -> None:
+        """Send one report behind those that wait; raises nothing: a server that is away gets it later.
+
+        One that need not go ``at_once`` goes with the next one, or a quarter of a second later: waking the kernel and the server for it is
+        what would cost most.
+        """
         with self._mutex:
             self._unanswered.append(Report(script=script, keys=tuple(keys), args=tuple(args)))
-            self._try_exchange()
+            if at_once:
+                self._try_exchange(until=READ_FROM)
             if len(self._unanswered) - self._tried > self._longest:
                 self._shorten()
 
@@ -143,16 +149,19 @@ class Reports:
         if connection is not None and self._pid == os.getpid():
             connection.disconnect()
 
-    def _try_exchange(self) -> None:
+    def _try_exchange(self, until: int = 0) -> None:
+        """``until``: leave so many answers to the next one."""
         try:
             if self._connection is not None:
-                self._exchange()
+                self._hand_over()
+                if self._under_way >= until:
+                    self._read()
         except (rx.RedisError, OSError, UnicodeError) as exc:
             log.debug("reports wait for Redis: %s", exc)
             self._drop()
 
-    def _exchange(self) -> None:
-        """Hand the kernel what it takes, and read what has come."""
+    def _hand_over(self) -> None:
+        """Give the kernel what it takes."""
         while self._under_way < min(len(self._unanswered), MOST_UNANSWERED):
             self._unsent += _packed(self._unanswered[self._under_way])
             self._under_way += 1
@@ -160,6 +169,9 @@ class Reports:
         with contextlib.suppress(BlockingIOError):
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
+
+    def _read(self) -> None:
+        """Take what has come."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 chunk = self._socket.recv(READ_BYTES)

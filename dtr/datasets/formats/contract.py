@@ -14,17 +14,19 @@ for messages.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
+from operator import itemgetter
 from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
 from dtr.errors import InvalidInput
 
-__all__ = ["START_BYTES", "Columns", "Format", "Measure", "Span", "check_alike", "chosen_columns"]
+__all__ = ["START_BYTES", "Columns", "Format", "Measure", "Span", "chosen_columns", "values_of"]
 
 START_BYTES: Final = 16
 Columns = dict[str, NDArray[Any]]
@@ -100,13 +102,20 @@ def chosen_columns(wanted: Sequence[str] | None, known: Sequence[str], file: str
     return tuple(wanted)
 
 
-def check_alike(samples: Sequence[Mapping[str, Any]], chosen: Sequence[str], *, all_of_them: bool, named: Callable[[int], str]) -> None:
-    """Raise InvalidInput unless every sample has the chosen columns, and, if these are to be all, no other; ``named(n)`` is sample n."""
+def values_of(
+    samples: Sequence[Mapping[str, Any]], chosen: Sequence[str], *, all_of_them: bool, named: Callable[[int], str]
+) -> dict[str, list[Any]]:
+    """The values of each chosen column, sample by sample.
+
+    Raises InvalidInput unless every sample has these columns, and, if these are to be all, no other; ``named(n)`` is sample n.
+    """
+    if not all_of_them or set(map(len, samples)) <= {len(chosen)}:  # then one with another key lacks a chosen one
+        with contextlib.suppress(KeyError):
+            return {column: list(map(itemgetter(column), samples)) for column in chosen}
     wanted = set(chosen)
     for n, sample in enumerate(samples):
-        if sample.keys() == wanted:
-            continue
         missing, more = wanted - sample.keys(), sample.keys() - wanted if all_of_them else set()
         if missing or more:
             what = f"has no {min(missing)!r}, samples before it have" if missing else f"has {min(more)!r}, samples before it have not"
             raise InvalidInput(f"columns: {named(n)} {what}: give columns=[...] that all samples have, or write all alike", field="columns")
+    raise AssertionError("samples that lack no column have all")

@@ -13,7 +13,7 @@ import orjson
 from numpy.typing import NDArray
 
 from dtr.datasets.formats.columns import column_of
-from dtr.datasets.formats.contract import Columns, Measure, Span, check_alike, chosen_columns
+from dtr.datasets.formats.contract import Columns, Measure, Span, chosen_columns, values_of
 from dtr.errors import DatasetMismatch
 from dtr.placement import MAX_SHARDS
 
@@ -62,8 +62,10 @@ class JsonLines:
 
         def of(low: int, high: int) -> Columns:
             samples = _parsed(lines[low:high], file.name, span.start + low)
-            check_alike(samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name} line {span.start + low + n + 1}")
-            return {column: column_of([sample[column] for sample in samples]) for column in chosen}
+            values = values_of(
+                samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name} line {span.start + low + n + 1}"
+            )  # fmt: skip
+            return {column: column_of(of_it) for column, of_it in values.items()}
 
         return _in_pieces(of, len(lines)) or of(0, len(lines))
 

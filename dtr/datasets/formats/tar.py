@@ -18,7 +18,7 @@ from typing import Any, Final
 import orjson
 
 from dtr.datasets.formats.columns import column_of
-from dtr.datasets.formats.contract import Columns, Measure, Span, check_alike, chosen_columns
+from dtr.datasets.formats.contract import Columns, Measure, Span, chosen_columns, values_of
 from dtr.datasets.formats.npy import array_of
 from dtr.errors import DatasetMismatch
 from dtr.placement import MAX_SHARDS
@@ -65,8 +65,8 @@ class Tar:
     def read(self, file: BufferedReader, span: Span, columns: Sequence[str] | None) -> Columns:
         samples = list(self._iterate(file, span, columns))
         chosen = chosen_columns(columns, tuple(samples[0]) if samples else columns or (), file.name)
-        check_alike(samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name}: sample {samples[n][KEY]!r}")
-        return {column: column_of([sample[column] for sample in samples]) for column in chosen}
+        values = values_of(samples, chosen, all_of_them=columns is None, named=lambda n: f"{file.name}: sample {samples[n][KEY]!r}")
+        return {column: column_of(of_it) for column, of_it in values.items()}
 
     def iterate(self, file: BufferedReader, span: Span) -> Iterator[dict[str, Any]]:
         yield from self._iterate(file, span, None)

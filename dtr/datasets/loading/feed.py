@@ -211,7 +211,7 @@ class _Epoch:
 
     def _forget_unread(self) -> None:
         """A shard that could not be read when its first order was: there will be no more orders for it."""
-        gone = {shard for epoch, shard in tuple(self._around.unread) if epoch == self._base.epoch}
+        gone = {shard for epoch, shard in tuple(self._around.unread) if epoch == self._base.epoch} if self._around.unread else set()
         if gone:
             for lane in self._lanes:
                 kept = [piece for piece in lane if piece.shard not in gone]

@@ -40,6 +40,7 @@ from dtr.datasets.loading.plan import Plan, Reading
 from dtr.datasets.loading.processes import read_by_processes
 from dtr.datasets.loading.readahead import ReadAhead
 from dtr.datasets.registering.speed import pace_of
+from dtr.datasets.timemachine.journal import Origin
 from dtr.datasets.timemachine.skipping import Skipping
 from dtr.errors import DataConflict, DatasetChanged, ForkedProcess, RosterChanged, StateCorrupt
 from dtr.failpoints import failpoint
@@ -91,6 +92,7 @@ class Loader:
     def begin(self, plan: Plan, base: DataState, later: int = 0) -> None:
         """Begin anew, at another place; before the first batch."""
         self.plan, self.base, self._later = plan, base, later
+        self.origin = Origin.of(base, self._run.world_size)
         self._skipping = Skipping(self._session, plan.dataset, base.skips)
         batches = batches_of(plan.dataset.spec.total_samples, plan.batch_size, plan.tail)
         self.consumption = Consumption(base, plan.dataset.size_of, batches, lambda: self._skipping.known)
@@ -294,10 +296,7 @@ class Loader:
             self.consumption.check(batches)
 
     def consume(self, batch: Batch, step: int) -> None:
-        """The trainer consumed a batch of this loader; called by ``agent.step``.
-
-        Raises InvalidInput if it was reported before, or another was to be reported first.
-        """
+        """The trainer consumed a batch of this loader, which `check` let pass; called by ``agent.step``."""
         with self._mutex:
             self.consumption.consume(batch)
         self._drawn.pop((batch.epoch, batch.number), None)

@@ -47,7 +47,7 @@ class Reading:
         as_torch: whether columns are tensors.
     """
 
-    prefetch: int = 2
+    prefetch: int = 8
     prefetch_bytes: int = PREFETCH_BYTES
     processes: int = 0
     start: Start = "spawn"

@@ -56,7 +56,8 @@ class ReadAhead(Generic[T]):
             if self._ready:
                 item, weight = self._ready.popleft()
                 self._bytes -= weight
-                self._changed.notify_all()
+                if len(self._ready) <= self._ahead // 2:  # it makes several in a row: to wake it for each would cost most
+                    self._changed.notify_all()
                 return item
             if self._error is not None:
                 raise self._error

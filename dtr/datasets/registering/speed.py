@@ -89,7 +89,7 @@ class Pace:
         self._tell_at_s = now_s + TELL_S
         keys, who = self._session.state.keys, self._session.identity
         fence = [f"{who.state_id} {run.id}", who.worker_id, run.rank, run.roster[who.worker_id].incarnation]
-        reports.send("speed_note", [keys.roster, keys.worker(who.worker_id)], [*fence, self._field, f"{found:.4g}"])
+        reports.send("speed_note", [keys.roster, keys.worker(who.worker_id)], [*fence, self._field, f"{found:.4g}"], at_once=False)
 
 
 def pace_of(session: Session, name: str) -> Pace:
