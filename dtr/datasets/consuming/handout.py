@@ -38,7 +38,10 @@ class Handout:
 
     def __init__(self, session: Session, plan: Plan, base: DataState, reports: Reports, samples: Callable[[], int]) -> None:
         self._session, self._plan, self._base, self._reports, self._samples = session, plan, base, reports, samples
-        self._run = session.run
+        self._run = run = session.run
+        who = session.identity
+        self._seat = [f"{who.state_id} {run.id}", who.worker_id, run.rank, run.roster[who.worker_id].incarnation]
+        self._keys: tuple[int, list[str]] = -1, []  # of the ledger of an epoch
         self._fences: dict[tuple[int, int], int] = {}  # (epoch, shard) -> fence
         self._sums: dict[int, ranges.Ranges] = {}  # of the epoch that reports are about
         self._recent: deque[tuple[int, tuple[SampleRange, ...]]] = deque()
@@ -99,13 +102,11 @@ class Handout:
         return told
 
     def _send(self, epoch: int, told: list[Any]) -> None:
-        keys = self._session.state.keys
-        ledger = keys.ledger(self._plan.dataset.spec.name, epoch, self._run.id)
-        self._reports.send("ledger_report", [keys.roster, ledger.ledger, ledger.done], told)
+        if self._keys[0] != epoch:
+            keys = self._session.state.keys
+            ledger = keys.ledger(self._plan.dataset.spec.name, epoch, self._run.id)
+            self._keys = epoch, [keys.roster, ledger.ledger, ledger.done]
+        self._reports.send("ledger_report", self._keys[1], told)
 
     def _told(self, have: int, batch: str, out: str, old: int, sums: list[Any]) -> list[Any]:
-        who, run = self._session.identity, self._run
-        return [
-            f"{who.state_id} {run.id}", who.worker_id, run.rank, run.roster[who.worker_id].incarnation, have, self._step, self._samples(),
-            batch, out, old, KEEP_MS, *sums,
-        ]  # fmt: skip
+        return [*self._seat, have, self._step, self._samples(), batch, out, old, KEEP_MS, *sums]
