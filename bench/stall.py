@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--tiny", type=int, default=20_000, help="arrays of 1 KiB in the last case (default 20,000)")
     flags.add_argument("--window-s", type=float, default=1.0, help="how long a loop runs without an upload (default 1.0)")
     flags.add_argument("--no-peers", action="store_true", help="only dtr and memcpy")
-    flags.add_argument("--no-caps", action="store_true", help="do not look for the bandwidth cap of a loop that is 5 % slower")
+    flags.add_argument("--no-caps", action="store_true", help="do not look for the bandwidth cap of a loop that is 5 %% slower")
     options = flags.parse_args(argv)
     figures: Numbers = {}
     ratios: Numbers = {}
