@@ -11,18 +11,14 @@ writes the replicated state. A rank that died before it told its share takes the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 from dtr.checkpoint.parts import Fence
-from dtr.datasets.plane import merge_shares
-from dtr.datasets.timemachine.keeping import keep_journal
 from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.state.keys import Keys
-from dtr.store import Store
 
-__all__ = ["call_of", "data_state", "hand_over", "is_needed", "keep_steps", "let_go", "missing"]
+__all__ = ["call_of", "hand_over", "is_needed", "let_go", "missing", "sealed_shares"]
 
 KEEP_MS: Final = 7 * 86_400_000
 DECIDED_KEEP_MS: Final = 3_600_000
@@ -59,31 +55,21 @@ def missing(state: JobState, run: str, step: int, world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if rank not in told]
 
 
-def data_state(state: JobState, run: str, step: int) -> Mapping[str, Any]:
-    """The data state of a checkpoint that is sealed: all shares merged, the same whoever merges them.
+def sealed_shares(state: JobState, run: str, step: int) -> dict[int, str] | None:
+    """Rank -> its share of the data state; None if the checkpoint is not sealed, or not any more.
 
-    Raises:
-        DataConflict: two ranks consumed the same samples, or load in different ways.
-        StateCorrupt: a share is no data state.
+    Both are of one moment: where Redis was emptied since somebody saw that it is sealed, there are no shares, and none of them is not the
+    same as nothing consumed.
     """
-    return merge_shares(_shares(state, run, step))
-
-
-def keep_steps(state: JobState, store: Store, run: str, step: int) -> None:
-    """Put what the steps of a sealed checkpoint consumed into the job's store, before its manifest.
-
-    Raises StoreUnavailable, CoordinatorUnavailable.
-    """
-    keep_journal(state, store, run, step, _shares(state, run, step))
+    with translate(state.url):
+        pipeline = state.redis.pipeline(transaction=True)
+        pipeline.hget(state.keys.ckpt(run, step), "state")
+        pipeline.hgetall(state.keys.ckpt_data(run, step))
+        now, shares = pipeline.execute()
+    return {int(rank): share for rank, share in shares.items()} if now == "SEALED" else None
 
 
 def let_go(state: JobState, run: str, step: int) -> None:
     """The checkpoint is decided, so its shares need not be kept for much longer: they may be long."""
     with translate(state.url):
         state.redis.pexpire(state.keys.ckpt_data(run, step), DECIDED_KEEP_MS)
-
-
-def _shares(state: JobState, run: str, step: int) -> dict[int, str]:
-    with translate(state.url):
-        shares: dict[str, str] = state.redis.hgetall(state.keys.ckpt_data(run, step))
-    return {int(rank): share for rank, share in shares.items()}

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from dtr.checkpoint import parts
-from dtr.checkpoint.handover import data_state, keep_steps, let_go
+from dtr.checkpoint.handover import let_go, sealed_shares
 from dtr.checkpoint.keeping.rebuild import index_checkpoint
 from dtr.checkpoint.manifest import Manifest, PartFacts
 from dtr.checkpoint.parts import CheckpointView, PartView
 from dtr.checkpoint.saving.metrics import merged
 from dtr.checkpoint.survey import manifest_key, read_manifest
+from dtr.datasets.plane import merge_shares
+from dtr.datasets.timemachine.keeping import keep_journal
 from dtr.errors import AlreadyExists, CheckpointError, DataConflict, DtrError, InvalidInput, NotFound, StateCorrupt, StoreUnavailable
 from dtr.failpoints import failpoint
 from dtr.state.client import translate
@@ -80,8 +84,13 @@ def discard(store: Store, run: str, step: int, object: str) -> bool:
 
 
 def _commit(state: JobState, store: Store, view: CheckpointView) -> str:
+    failpoint("commit.before_shares")
+    shares = sealed_shares(state, view.run, view.step)
+    if shares is None:  # another uploader decided it meanwhile, or Redis was emptied, and somebody has to tell of it anew
+        found_anew = parts.read(state, view.run, view.step)
+        return found_anew.state if found_anew is not None else ""
     try:
-        wanted = _manifest(state, view)
+        wanted = _manifest(state, view, data=merge_shares(shares))
     except DataConflict as exc:
         log.error("run %s step %d: %s", view.run, view.step, exc)
         return _abort(state, store, view, exc.message)
@@ -91,7 +100,7 @@ def _commit(state: JobState, store: Store, view: CheckpointView) -> str:
         names = ", ".join(part.object for part in gone)
         log.error("run %s step %d: objects vanished from the store before the commit: %s", view.run, view.step, names)
         return _abort(state, store, view, f"objects vanished from the store before the commit: {names}")
-    keep_steps(state, store, view.run, view.step)
+    keep_journal(state, store, view.run, view.step, shares)
     failpoint("commit.before_manifest")
     found = _put_first(store, wanted)
     failpoint("commit.after_manifest")
@@ -112,7 +121,7 @@ def _abort(state: JobState, store: Store, view: CheckpointView, reason: str) -> 
     return _tell(state, store, view.store, found)
 
 
-def _manifest(state: JobState, view: CheckpointView, abort_reason: str | None = None) -> Manifest:
+def _manifest(state: JobState, view: CheckpointView, *, data: Mapping[str, Any] | None = None, abort_reason: str | None = None) -> Manifest:
     """The record that this checkpoint's facts make, the same for whoever makes it."""
     with translate(state.url):
         base_state, base_run, base_step = state.redis.hmget(state.keys.run(view.run), ["base_state", "base_run", "base_step"])
@@ -131,7 +140,7 @@ def _manifest(state: JobState, view: CheckpointView, abort_reason: str | None = 
             parts=tuple(_facts(part) for part in view.parts.values()) if abort_reason is None else (),
             reason=abort_reason or "",
             metrics=merged(part.metrics for part in view.parts.values()) if abort_reason is None else {},
-            data=data_state(state, view.run, view.step) if abort_reason is None else {},
+            data=data or {},
         )
     except (InvalidInput, ValueError) as exc:
         raise StateCorrupt(f"{state.keys.ckpt(view.run, view.step)} and its parts make no manifest: {exc}") from exc
