@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -39,6 +40,7 @@ from dtr.errors import (
     ShardUnreadable,
 )
 from dtr.state.job import JobState
+from dtr.state.keys import Keys
 from dtr.state.scripts import load
 from dtr.store import open_store
 from tests.loading import Loading, damage, loading, once_each, registered, write_lines
@@ -459,6 +461,29 @@ def test_a_checkpoint_has_the_data_state_and_an_empty_redis_goes_on_from_it(
         job.ranks[0].registry.register("numbers", path=numbers, format="jsonl", shard_size=25, shuffle=True)
         job.train()
         assert once_each(seen + job.seen(), range(400))
+
+
+def test_redis_is_emptied_between_the_seal_and_the_commit(
+    settings: Settings, numbers: Path, own_valkey: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given an uploader that saw a sealed checkpoint, when Redis forgets the shares before it asks, then no commit is without them."""
+    own = replace(settings, redis_url=own_valkey.url, store=str(numbers.parent / "store"))
+    raw, key_of, emptied = redis.Redis.from_url(own.redis_url, decode_responses=True), Keys.ckpt_data, threading.Event()
+
+    def forgetting(keys: Keys, run: str, step: int) -> str:
+        if not emptied.is_set() and raw.hget(keys.ckpt(run, step), "state") == "SEALED":
+            emptied.set()
+            raw.flushall()
+        return key_of(keys, run, step)
+
+    monkeypatch.setattr(Keys, "ckpt_data", forgetting)
+    with uploading(own), saving(own, 1) as (job, (manager,)):
+        job.train(3)
+        shown = job.merged()
+        commit = manager.save_async({"step": 2}, 2).durable.result(60)
+    assert emptied.is_set()
+    assert dict(read_manifest(open_store(str(own.store)).child(own.job), commit.run, 2).data) == shown
+    raw.close()
 
 
 def test_a_step_that_is_saved_again_after_its_commit_is_the_same(settings: Settings, numbers: Path) -> None:

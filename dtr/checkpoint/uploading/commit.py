@@ -84,7 +84,6 @@ def discard(store: Store, run: str, step: int, object: str) -> bool:
 
 
 def _commit(state: JobState, store: Store, view: CheckpointView) -> str:
-    failpoint("commit.before_shares")
     shares = sealed_shares(state, view.run, view.step)
     if shares is None:  # another uploader decided it meanwhile, or Redis was emptied, and somebody has to tell of it anew
         found_anew = parts.read(state, view.run, view.step)
