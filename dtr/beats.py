@@ -129,22 +129,26 @@ class Beats:
         read_progress: Callable[[], Progress],
         on_news: Callable[[str, str], None],
     ) -> Member:
-        """Beat for this registration from now on; see :class:`Member`.
+        """Beat for this registration from now on.
 
-        ``on_news`` is called from the thread: ``stale`` and ``state_lost`` end its beats, ``run`` tells which run is open by now.
+        Args:
+            who, ttl_ms, number, read_progress: see :class:`Member`.
+            on_news: called from the thread with (news, detail): ``stale`` and ``state_lost`` end its beats, ``run`` tells which run is open
+                by now.
         """
         member = Member(who, ttl_ms=ttl_ms, interval_ms=self._interval_ms, number=number, read_progress=read_progress, on_news=on_news)
         with self._changed:
             if self._thread is None:
                 state = JobState(self._url, self._job, name="dtr-beat")
-                self._thread = threading.Thread(target=self._loop, args=(state,), name="dtr-beat", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._loop, args=(state,), name="dtr-beat", daemon=True)
+                thread.start()
+                self._thread = thread
             self._members.append(member)
             self._changed.notify()
         return member
 
     def remove(self, member: Member) -> None:
-        """End its beats; one that is under way may still arrive, and its answer is not told."""
+        """End its beats; one that is under way may still arrive, and its news be told."""
         with self._changed:
             if member in self._members:
                 self._members.remove(member)
@@ -163,27 +167,26 @@ class Beats:
         self._failures = 0
         self._due = time.monotonic() + self._pause_s()
         try:
-            while members := self._wait():
-                self._round(state, members)
+            while turn := self._wait():
+                self._round(state, *turn)
         finally:
             state.close()
 
-    def _wait(self) -> list[Member]:
-        """Whose turn it is, when that comes; none when there is nobody left, and the thread is to end."""
+    def _wait(self) -> tuple[list[Member], bool] | None:
+        """Whose turn it is, when that comes, and whether it is everybody's; None when nobody is left, and the thread is to end."""
         with self._changed:
             while self._members:
                 now = time.monotonic()
                 if now >= self._due:
-                    return list(self._members)
+                    return list(self._members), True
                 if new := [member for member in self._members if member.since is not None]:
-                    return new
+                    return new, False
                 self._changed.wait(self._due - now)
             self._thread = None
-            return []
+            return None
 
-    def _round(self, state: JobState, members: Sequence[Member]) -> None:
+    def _round(self, state: JobState, members: Sequence[Member], everybody: bool) -> None:
         now = time.monotonic()
-        everybody = now >= self._due
         calls: list[tuple[Member, BeatCall]] = []
         outage: DtrError | None = None
         for member in members:
@@ -193,30 +196,40 @@ class Beats:
                 calls.append((member, member.call(state, max(0, late_ms))))
             except Unavailable as exc:
                 outage = exc
-            except (DtrError, ValueError, OSError) as exc:
+            except Exception as exc:  # whatever it is, it is the trouble of one member, and the others beat on
                 self._end(member, exc)
+        answered = False
         for (member, _), answer in zip(calls, beat_all(state, [call for _, call in calls]), strict=True):
-            if isinstance(answer, BeatAnswer):
+            if isinstance(answer, (Unavailable, Recovering)):
+                outage = answer
+                continue
+            answered = True
+            if isinstance(answer, DtrError):
+                self._end(member, answer)
+                continue
+            try:
                 if news := member.heard(state, answer):
                     self._tell(member, *news)
-            elif isinstance(answer, (Unavailable, Recovering)):
-                outage = answer
-            else:
-                self._end(member, answer)
-        self._note(members, outage)
-        if everybody or outage is not None:
+            except Exception as exc:
+                self._end(member, exc)
+        self._note(members, outage, answered=answered)
+        if everybody or self._failures:
             self._due = time.monotonic() + self._pause_s()
 
-    def _note(self, members: Sequence[Member], outage: DtrError | None) -> None:
-        """An outage is logged at its beginning and at its end."""
+    def _note(self, members: Sequence[Member], outage: DtrError | None, *, answered: bool) -> None:
+        """An outage is logged at its beginning and at its end; while it lasts for all, beats back off."""
         names = ", ".join(member.who.worker_id for member in members)
-        if outage is not None:
+        if outage is None:
+            if self._failures:
+                log.warning("beats of %s get through again after %d failures", names, self._failures)
+            self._failures = 0
+        elif answered:
+            log.info("not all beats of %s get through: %s", names, outage)
+            self._failures = 0
+        else:
             self._failures += 1
             if self._failures == 1:
                 log.warning("beats of %s do not get through: %s", names, outage)
-        elif self._failures:
-            log.warning("beats of %s get through again after %d failures", names, self._failures)
-            self._failures = 0
 
     def _tell(self, member: Member, news: str, detail: str) -> None:
         with self._changed:
@@ -225,13 +238,18 @@ class Beats:
             member.on_news(news, detail)
 
     def _end(self, member: Member, why: Exception) -> None:
+        """It may not go on, or cannot: it is told, and the others are not concerned, whatever comes of that."""
         if isinstance(why, StateLost):
-            self._tell(member, "state_lost", why.message)
+            news, detail = "state_lost", why.message
         elif isinstance(why, StaleIncarnation):
-            self._tell(member, "stale", why.message)
+            news, detail = "stale", why.message
         else:
-            log.error("beats of %s ended: %s", member.who.worker_id, why)
-            self._tell(member, "stale", f"its beats ended: {why}")
+            log.error("beats of %s ended", member.who.worker_id, exc_info=why)
+            news, detail = "stale", f"its beats ended: {why}"
+        try:
+            self._tell(member, news, detail)
+        except Exception:
+            log.exception("%s could not be told that its beats ended", member.who.worker_id)
         self.remove(member)
 
     def _pause_s(self) -> float:

@@ -107,7 +107,6 @@ def open_state(
     *,
     recover: Callable[[str], int] | None = None,
     counter: int = 0,
-    who: str | None = None,
     timeout_s: float = 120.0,
     clock: Clock = SYSTEM,
 ) -> str:
@@ -117,25 +116,29 @@ def open_state(
         state: the job.
         recover: called with the state id by the one member that rebuilds; returns the highest run number that the store knows.
         counter: the highest run number that the caller knows.
-        who: token of a caller that tries again when a rebuild of its own failed, and need not wait then for its own lease to end.
         timeout_s: how long to wait for another member's rebuild.
         clock: for the wait.
 
     Returns the state id.
     """
-    proposed, who = secrets.token_hex(8), who or secrets.token_hex(8)
+    proposed, who = secrets.token_hex(8), secrets.token_hex(8)
     began_s, told = clock.monotonic(), False
     keys = state.keys
 
-    def look() -> tuple[str, str, str]:
-        state_id, phase, by, _ = state.call("state_open", [keys.meta, keys.events], [proposed, who, int(RECOVER_LEASE_S * 1000)])
+    def look(lease_s: float = RECOVER_LEASE_S) -> tuple[str, str, str]:
+        state_id, phase, by, _ = state.call("state_open", [keys.meta, keys.events], [proposed, who, int(lease_s * 1000)])
         return state_id, phase, by
 
     while True:
         state_id, phase, recover_by = look()
         if phase != "READY" and recover_by == who:
-            with _renewed(look):
-                known = recover(state_id) if recover is not None else 0
+            try:
+                with _renewed(look):
+                    known = recover(state_id) if recover is not None else 0
+            except BaseException:
+                with contextlib.suppress(DtrError):
+                    look(0.0)  # another member's rebuild need not fail too, nor this one's next
+                raise
             phase = state.call("state_ready", [keys.meta, keys.wake, keys.events], [state_id, max(known, counter)])
         if phase == "READY":
             with translate(state.url):
@@ -205,7 +208,10 @@ def beat_all(state: JobState, calls: Sequence[BeatCall]) -> list[BeatAnswer | Dt
     """
     answers = state.call_all("member_beat", [beat_arguments(state, call) for call in calls])
     if lapsed := next((call for call, answer in zip(calls, answers, strict=True) if not isinstance(answer, DtrError) and answer[3]), None):
-        reap(state, lapsed.who.state_id)
+        try:
+            reap(state, lapsed.who.state_id)
+        except DtrError as exc:  # the beats are on record all the same, and one of the next reaps
+            log.info("who lapsed is not on record yet: %s", exc)
     return [answer if isinstance(answer, DtrError) else _beat_answer(*answer) for answer in answers]
 
 

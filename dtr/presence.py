@@ -98,8 +98,8 @@ class Presence:
             if self._registered and self._identity is not None:
                 return self._identity
             self._page = self._page or self._new_page()
+            state_id = open_state(self._state, recover=self._recover, counter=counter, clock=self._clock)
             self._pending = self._pending or new_incarnation()
-            state_id = open_state(self._state, recover=self._recover, counter=counter, who=self._pending, clock=self._clock)
             identity = Identity(
                 state_id=state_id, worker_id=self._worker_id, incarnation=self._pending, host=host, pid=os.getpid(), address=address
             )
@@ -201,11 +201,11 @@ class Presence:
             if self._closed.is_set():
                 return
             older, self._beats = self._beats, beats
+            beats.add(
+                identity, ttl_ms=self._ttl_ms, number=number, read_progress=self.page.read, on_news=partial(self._on_news, identity)
+            )  # fmt: skip
         if older is not None:
             older.stop(wait=False)
-        beats.add(
-            identity, ttl_ms=self._ttl_ms, number=number, read_progress=self.page.read, on_news=partial(self._on_news, identity)
-        )  # fmt: skip
 
     def _hear(self, incarnation: str, news: str, detail: str) -> None:
         """News from whoever beats for this process, about the registration that it was given."""

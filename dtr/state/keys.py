@@ -65,7 +65,8 @@ key                            type    holds (TTL; written by)
                                        of the rank that has most, how many ranks have no more), per rank ``have/R``, ``dry/R``, ``step/R``,
                                        ``samples/R``, ``leases/R``, ``out/R/BATCH`` (sample ranges of its newest batches), per
                                        shard ``lease/SHARD`` (worker
-                                       incarnation fence), ``part/SHARD`` (consumed ranges) (7 days after the last write; loader)
+                                       incarnation fence), ``part/SHARD`` (consumed ranges) (7 days after
+                                       the last write, or the 16th batch before it; loader)
 ``...:taken``, ``...:done``    string  one bit a shard: not free; consumed whole in this run (as the ledger)
 ``quarantine:NAME:DIGEST``     hash    shard -> why it cannot be read (none; loader, `dtr data release`)
 ``skips:NAME``                 hash    ``FILE:START-STOP`` -> why these samples are left out, JSON (none; `dtr data skip`, loader)

@@ -193,4 +193,6 @@ class Scripts:
         for keys, args in calls:
             pipeline.execute_command(command, script, len(keys), *keys, *args)
         answers: list[Any] = pipeline.execute(raise_on_error=False)
+        if any(isinstance(answer, rx.ReadOnlyError) for answer in answers):  # a replica by now: the next call finds who is the master
+            self._redis.connection_pool.disconnect()
         return answers

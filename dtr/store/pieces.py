@@ -83,8 +83,12 @@ def move(work: Work, pieces: Iterator[Piece], *, threads: int, progress: Progres
         for helper in helpers:
             if helper.ident is not None:
                 helper.join()
-    if moving.error is not None:
-        raise moving.error
+    error, moving.error = moving.error, None  # its frames would hold what holds it, and the memory of its piece
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error
 
 
 class _Moving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dtr import membership
 from dtr.beats import Beats, Member
+from dtr.errors import CoordinatorUnavailable
 from dtr.membership import Identity
 from dtr.progress import Progress
 from dtr.state.job import JobState
@@ -103,6 +106,74 @@ def test_a_damaged_record_ends_the_beats_of_its_member_only(state: JobState, loo
     looked.add(b)
     eventually(lambda: looked.told["b"] == ["stale"])
     eventually(lambda: beats_of(state, "a")[0] >= 3)
+
+
+@pytest.mark.parametrize("where", ["progress", "news"])
+def test_trouble_of_one_member_is_its_own(state: JobState, job: str, where: str) -> None:
+    """A page of nonsense, or whoever is told raises: that member's beats end, and the other's go on."""
+    a, b = joined(state, "a", "b")
+    beats, told = Beats(state.url, job, interval_ms=INTERVAL_MS), []
+
+    def fails(news: str, detail: str) -> None:
+        told.append(news)
+        raise RuntimeError("nobody listens")
+
+    try:
+        beats.add(
+            b, ttl_ms=TTL_MS, number=0, on_news=fails,
+            read_progress=lambda: Progress(step=1, phase="training", at=-math.inf if where == "progress" else time.monotonic()),
+        )  # fmt: skip
+        beats.add(
+            a, ttl_ms=TTL_MS, number=0, on_news=lambda news, detail: None,
+            read_progress=lambda: Progress(step=1, phase="training", at=time.monotonic()),
+        )  # fmt: skip
+        eventually(lambda: "stale" in told)
+        (last,) = beats_of(state, "a")
+        eventually(lambda: beats_of(state, "a")[0] >= last + 3)
+    finally:
+        beats.stop()
+
+
+def test_a_reap_that_fails_costs_no_beat(state: JobState, looked: Looked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member has lapsed, and to put that on record does not work just now: beats go on, and one of the next ones does it."""
+    a, b, lost = joined(state, "a", "b", "lost")
+    refused: list[str] = []
+
+    def reap(state: JobState, state_id: str) -> int:
+        if len(refused) < 3:
+            refused.append(state_id)
+            raise CoordinatorUnavailable("the server took too long")
+        return real(state, state_id)
+
+    real = membership.reap
+    monkeypatch.setattr(membership, "reap", reap)
+    state.redis.zadd(state.keys.members, {lost.worker_id: 1})
+    for who in (a, b):
+        looked.add(who)
+    eventually(lambda: state.redis.zscore(state.keys.members, "lost") is None)
+    assert len(refused) == 3
+    assert set(looked.told["a"] + looked.told["b"]) <= {"run"}
+
+
+def test_a_server_that_became_a_replica_is_left(own_valkey: RedisServer, job: str) -> None:
+    """READONLY in a round: the connection is closed, so that the next one goes to whoever is the master by then."""
+    own = JobState(own_valkey.url, job)
+    beats = Looked(own_valkey.url, job)
+    try:
+        for who in joined(own, "a", "b"):
+            beats.add(who)
+        eventually(lambda: min(beats_of(own, "a", "b")) >= 2)
+        before = {client["id"] for client in own.redis.client_list() if client["name"].startswith("dtr-beat")}
+        own.redis.replicaof("127.0.0.1", "1")
+        eventually(lambda: beats.beats._failures >= 2)
+        own.redis.replicaof("NO", "ONE")
+        last = beats_of(own, "a", "b")
+        eventually(lambda: min(now - then for now, then in zip(beats_of(own, "a", "b"), last, strict=True)) >= 2)
+        after = {client["id"] for client in own.redis.client_list() if client["name"].startswith("dtr-beat")}
+        assert not before & after
+    finally:
+        beats.beats.stop()
+        own.close()
 
 
 def test_the_thread_ends_with_the_last_member_and_begins_again(state: JobState, looked: Looked) -> None:

@@ -126,3 +126,14 @@ def test_the_last_report_arrives_though_its_sender_says_nothing_more(
     teller.proxy.set_mode("pass")
     eventually(lambda: teller.told() == {"out/0/0", "out/0/1"}, timeout_s=30, what="the report")
     teller.answered()
+
+
+def test_what_waited_for_the_next_report_goes_with_the_end(teller: Teller) -> None:
+    """A trainer that closes right after its last step: what that step consumed is Redis's."""
+    teller.reports.connect()
+    keys = teller.state.keys
+    journal = keys.journal(teller.run.id, 0)
+    seat = [f"{teller.who.state_id} {teller.run.id}", "a", 0, teller.who.incarnation]
+    teller.reports.send("journal_note", [keys.roster, journal], [*seat, 3, 16, KEEP_MS, "numbers", "{}"], at_once=False)
+    teller.reports.close()
+    assert eventually(lambda: teller.state.redis.xlen(journal)) == 1

@@ -289,6 +289,31 @@ def test_a_registration_that_fails_once_is_tried_again(make_session: Make, own_v
     a.barrier("b")
 
 
+def test_one_that_cannot_rebuild_keeps_no_other_from_it(make_session: Make, own_valkey: RedisServer, settings: Settings) -> None:
+    """Given a host that cannot read the store, when Redis was emptied, then another member rebuilds, and both are back."""
+    rebuilt: list[str] = []
+
+    def fails(state_id: str) -> int:
+        if emptied:
+            raise StoreUnavailable("no such mount")
+        return 0
+
+    def works(state_id: str) -> int:
+        rebuilt.append(state_id)
+        return 0
+
+    emptied: list[bool] = []
+    here = replace(settings, redis_url=own_valkey.url)
+    a = make_session("w0", settings=here, recover=fails).start()
+    b = make_session("w1", settings=here, recover=works)
+    emptied.append(True)
+    a.state.redis.flushall()
+    eventually(lambda: a.state.redis.hget(a.state.keys.meta, "recover_by"), what="the member that cannot to try")
+    b.start()
+    assert len(rebuilt) == 1
+    eventually(lambda: a.state.redis.zscore(a.state.keys.members, "w0"), what="the other to be back")
+
+
 def test_failed_starts_leave_no_pages_behind(tmp_path: Path, make_session: Make, settings: Settings) -> None:
     """Three starts without Redis under a launcher: one page at most, and none after close()."""
     session = make_session("w", settings=replace(settings, redis_url="redis://127.0.0.1:1/0"), launcher=str(tmp_path / "socket"))

@@ -102,11 +102,13 @@ class Handout:
         return told
 
     def _send(self, epoch: int, told: list[Any]) -> None:
-        if self._keys[0] != epoch:
+        of_epoch, held = self._keys  # the thread that reads ahead may be in the next epoch, and set another
+        if of_epoch != epoch:
             keys = self._session.state.keys
             ledger = keys.ledger(self._plan.dataset.spec.name, epoch, self._run.id)
-            self._keys = epoch, [keys.roster, ledger.ledger, ledger.done]
-        self._reports.send("ledger_report", self._keys[1], told)
+            held = [keys.roster, ledger.ledger, ledger.done]
+            self._keys = epoch, held
+        self._reports.send("ledger_report", held, told)
 
     def _told(self, have: int, batch: str, out: str, old: int, sums: list[Any]) -> list[Any]:
         return [*self._seat, have, self._step, self._samples(), batch, out, old, KEEP_MS, *sums]

@@ -1,8 +1,10 @@
 """Reports that nobody waits for: written into the kernel's hands, their answers read when the next one is sent.
 
-Guarantees: `send` takes microseconds, opens no connection and never blocks, however slow the server is; what was sent before the process
-is killed is Redis's (the kernel delivers it); reports arrive in order; those whose answer was never read are sent again over the next
-connection, which harms nothing, since a report says what is so and not what to add. A thread looks a few times a second whether an answer
+Guarantees: `send` takes microseconds, opens no connection and never blocks, however slow the server is; what was sent at once before the
+process is killed is Redis's (the kernel delivers it); reports arrive in order; those whose answer was never read are sent again over the
+next connection, which harms nothing, since a report says what is so and not what to add.
+
+A thread looks a few times a second whether an answer
 is missing, and connects anew: the other ranks may wait for a report while its sender waits for them, and sends nothing more.
 
 What waits while Redis is away is bounded, and nothing of the ledger is lost for it: see :mod:`dtr.datasets.consuming.shortening`.
@@ -100,6 +102,7 @@ class Reports:
             self._over.set()
             self._over = None
         with self._mutex:
+            self._try_exchange()
             self._drop()
 
     # --- the connection ---------------------------------------------------------------------------------------------
