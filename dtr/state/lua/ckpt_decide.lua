@@ -37,10 +37,9 @@ end
 
 local verdict = 'ABORTED'
 if decision == 'commit' then
+  local bound = redis.call('HGET', lineage, run)
   verdict = 'COMMITTED'
-  if not on_lineage(redis.call('HGET', lineage, run), known[3], run, tonumber(step)) then
-    verdict, reason = 'ABANDONED', 'the job went on from an earlier step'
-  end
+  if not on_lineage(bound, known[3], run, tonumber(step)) then verdict, reason = 'ABANDONED', left_behind(bound) end
 end
 redis.call('HSET', ckpt, 'state', verdict, 'reason', reason, 'decided_at', integer(now_ms()), 'size_bytes', size_bytes,
   'metrics', metrics)

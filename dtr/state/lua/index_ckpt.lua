@@ -39,9 +39,9 @@ local state = redis.call('HGET', ckpt, 'state')
 if state == 'COMMITTED' or state == 'ABANDONED' or state == 'ABORTED' then return state end
 local verdict = 'ABORTED'
 if decision == 'commit' then
-  local on = on_lineage(redis.call('HGET', lineage, run), known[2], run, tonumber(step))
-  verdict = on and 'COMMITTED' or 'ABANDONED'
-  if not on then reason = 'the job went on from an earlier step' end
+  local bound = redis.call('HGET', lineage, run)
+  verdict = 'COMMITTED'
+  if not on_lineage(bound, known[2], run, tonumber(step)) then verdict, reason = 'ABANDONED', left_behind(bound) end
 end
 local expected = replicated == 'all' and 1 or world_size
 local done = decision == 'commit' and expected or 0

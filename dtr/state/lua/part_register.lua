@@ -50,8 +50,9 @@ if held[5] then
   if over then return over end
 else
   if seat[2] ~= 'SET' then return redis.error_reply('CKPT_STATE run ' .. run .. ' has no base yet') end
-  if not on_lineage(redis.call('HGET', lineage, run), known[3], run, tonumber(step)) then
-    return redis.error_reply('CKPT_ABANDONED run ' .. run .. ' step ' .. step .. ': the job went on from an earlier step')
+  local bound = redis.call('HGET', lineage, run)
+  if not on_lineage(bound, known[3], run, tonumber(step)) then
+    return redis.error_reply('CKPT_ABANDONED run ' .. run .. ' step ' .. step .. ': ' .. left_behind(bound))
   end
   ckpt_create(ckpt, ckpts, open_ckpts, events, now_ms(), run, step, world_size, replicated, writer, store)
 end
