@@ -8,6 +8,7 @@ runs/RUN/STEP/retiring.json       it is about to be retired: whoever fills an in
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Final, TypeVar
 from dtr.checkpoint.lineage import Checkpoint, Lineage, Link, chain, from_index, head_of, split_name
 from dtr.checkpoint.manifest import Manifest, RunRecord
 from dtr.checkpoint.saving.metrics import Metrics, decode
-from dtr.errors import CoordinatorUnavailable, IntegrityError, ManifestInvalid, NotFound, StateCorrupt
+from dtr.errors import AlreadyExists, CoordinatorUnavailable, IntegrityError, ManifestInvalid, NotFound, StateCorrupt, StoreRefused
 from dtr.state.client import translate
 from dtr.state.job import JobState
 from dtr.store import Store
@@ -26,6 +27,7 @@ from dtr.store import Store
 __all__ = [
     "Holdings",
     "known_runs",
+    "lasting_manifest",
     "lineage_in_store",
     "lineage_of",
     "manifest_key",
@@ -98,6 +100,20 @@ def read_manifest(store: Store, run: str, step: int) -> Manifest:
     manifest = _parsed(store, manifest_key(run, step), Manifest.parse)
     if (manifest.run, manifest.step) != (run, step):
         raise ManifestInvalid(f"{manifest_key(run, step)} is about run {manifest.run} step {manifest.step}")
+    return manifest
+
+
+def lasting_manifest(store: Store, run: str, step: int) -> Manifest:
+    """The decision about a checkpoint, which a power cut cannot take back: whoever wrote it may have been killed just before that was so.
+
+    Only a put says that what is there lasts, so the same record is put again, if it is absent, which it is not. Whoever may only read is
+    told what there is.
+
+    Raises as `read_manifest`, and StoreUnavailable.
+    """
+    manifest = read_manifest(store, run, step)
+    with contextlib.suppress(AlreadyExists, StoreRefused):
+        store.put(manifest_key(run, step), manifest.encode(), if_absent=True)
     return manifest
 
 

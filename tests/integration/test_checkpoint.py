@@ -12,13 +12,16 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from dtr import counters
+from dtr.checkpoint.keeping.rebuild import index_checkpoint
 from dtr.checkpoint.manager import CheckpointManager
 from dtr.checkpoint.saving.handle import SaveHandle
 from dtr.checkpoint.staging.slots import scan
+from dtr.checkpoint.survey import manifest_key
 from dtr.config import Settings
 from dtr.errors import (
     CheckpointAborted,
@@ -28,12 +31,15 @@ from dtr.errors import (
     ForkedProcess,
     InvalidInput,
     NoFreeSlot,
+    StoreRefused,
     UnsupportedLeaf,
 )
 from dtr.host import host_id
 from dtr.session import Session
 from dtr.state.job import JobState
 from dtr.state.keys import uploader
+from dtr.store import durable, open_store
+from dtr.store.local import LocalStore
 from tests.ranks import running
 from tests.servers import RedisServer, seaweed_server
 from tests.states import assert_is, state_of
@@ -61,6 +67,23 @@ class TestSaving:
         assert found is not None
         assert (found.run, found.step) == (handle.run, 3)
         assert_is(found.state, 3)
+
+    def test_what_is_taken_from_the_store_outlasts_a_power_cut(
+        self, manager: CheckpointManager, settings: Settings, store: Path, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever tells Redis of a commit that another wrote makes sure of its folder first; who may only read tells it all the same."""
+        handle = manager.save_async(state_of(3), 3)
+        handle.durable.result(WITHIN_S)
+        url, state, synced = str(store), JobState(settings.redis_url, settings.job), list[str]()
+        of_job = open_store(url).child(settings.job)
+        monkeypatch.setattr(durable, "sync_folder", synced.append)
+        state.redis.delete(state.keys.ckpt(handle.run, 3))
+        assert index_checkpoint(state, of_job, url, handle.run, 3) == "COMMITTED"
+        assert os.path.dirname(f"{store}/{settings.job}/{manifest_key(handle.run, 3)}") in synced
+        state.redis.delete(state.keys.ckpt(handle.run, 3))
+        monkeypatch.setattr(LocalStore, "put", Mock(side_effect=StoreRefused("read-only file system")))
+        assert index_checkpoint(state, of_job, url, handle.run, 3) == "COMMITTED"
+        state.close()
 
     @pytest.mark.parametrize("options", [{}, {"only": "model/*"}], ids=["whole", "part"])
     def test_what_was_restored_goes_with_its_last_name(self, manager: CheckpointManager, uploads: Uploads, options: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from dtr.checkpoint.survey import (
     Holdings,
     in_parallel,
     known_runs,
+    lasting_manifest,
     lineage_in_index,
     lineage_in_store,
     links_of,
@@ -86,7 +87,7 @@ def index_checkpoint(state: JobState, store: Store, url: str, run: str, step: in
     A pin, or that it is about to be retired, is told as well.
     """
     try:
-        manifest = read_manifest(store, run, step)
+        manifest = lasting_manifest(store, run, step)
     except NotFound:
         return ""
     return _index_checkpoint(
@@ -115,6 +116,8 @@ def _rebuild(state: JobState, store: Store, url: str, state_id: str | None) -> i
     lineage = lineage_in_store(links)
     commits = [name for name, manifest in manifests.items() if manifest.decision == "commit"]
     newest = next(iter(lineage.newest_first(commits)), None)
+    if newest is not None:
+        lasting_manifest(store, *newest)
     if lineage.head:
         _index_lineage(state, state_id, lineage, links, url, newest)
         _index_last_run(state, state_id, lineage.head)
