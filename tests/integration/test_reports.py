@@ -137,3 +137,22 @@ def test_what_waited_for_the_next_report_goes_with_the_end(teller: Teller) -> No
     teller.reports.send("journal_note", [keys.roster, journal], [*seat, 3, 16, KEEP_MS, "numbers", "{}"], at_once=False)
     teller.reports.close()
     assert eventually(lambda: teller.state.redis.xlen(journal)) == 1
+
+
+def test_what_a_full_server_refuses_is_sent_again(own_valkey: RedisServer, job: str) -> None:
+    """Given reports that were refused for want of memory, when there is some again, then all have arrived."""
+    teller = Teller(own_valkey, job)
+    try:
+        teller.reports.connect()
+        teller.tell(1)
+        teller.answered()
+        teller.state.redis.config_set("maxmemory", 1)
+        teller.tell(2)
+        teller.tell(3)
+        eventually(lambda: teller.reports._connection is None, what="the refusal")
+        assert "out/0/3" not in teller.told()
+        teller.state.redis.config_set("maxmemory", 0)
+        teller.answered()
+        assert "out/0/3" in teller.told()
+    finally:
+        teller.close()

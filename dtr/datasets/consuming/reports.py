@@ -39,6 +39,7 @@ READ_BYTES: Final = 65_536
 READ_FROM: Final = 8  # answers that are owed, from which on a report stays to read them
 LOOK_S: Final = 0.25
 SILENT_LOOKS: Final = 20  # after which a connection without an answer is taken for lost
+PASSING: Final = ("NOSCRIPT", "OOM", "MISCONF", "READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "BUSY")
 SCRIPTS: Final = ("ledger_report", "ckpt_data", "journal_note", "speed_note", "ledger_quarantine")
 
 
@@ -187,8 +188,9 @@ class Reports:
             self._answered(answer)
 
     def _answered(self, answer: Any) -> None:
-        if isinstance(answer, ReplyError) and str(answer).startswith("NOSCRIPT"):
-            raise rx.NoScriptError(str(answer))  # Redis forgot the script: a new connection loads it, and what waits is sent again
+        if isinstance(answer, ReplyError) and str(answer).startswith(PASSING):
+            # Redis forgot the script: a new connection loads it. Or it takes no writes just now. What waits is sent again.
+            raise rx.ResponseError(str(answer))
         self._answers += 1
         if self._under_way:
             self._unanswered.popleft()
