@@ -7,6 +7,7 @@ child, a thread; when one of the first two goes away, the thread takes over.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -29,6 +30,7 @@ __all__ = ["Presence"]
 log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 2.0
+_MOST_LOSSES = 10  # of the state in a row while one registers
 
 
 class Presence:
@@ -98,16 +100,25 @@ class Presence:
             if self._registered and self._identity is not None:
                 return self._identity
             self._page = self._page or self._new_page()
-            state_id = open_state(self._state, recover=self._recover, counter=counter, clock=self._clock)
-            self._pending = self._pending or new_incarnation()
-            identity = Identity(
-                state_id=state_id, worker_id=self._worker_id, incarnation=self._pending, host=host, pid=os.getpid(), address=address
-            )
-            join(self._state, identity, ttl_ms=self._ttl_ms)
+            identity = self._registered_anew(host, address, counter)
             with self._lock:
                 self._identity, self._registered, self._pending = identity, True, ""
             self._begin_beats(identity)
             return identity
+
+    def _registered_anew(self, host: str, address: str, counter: int) -> Identity:
+        for _ in range(_MOST_LOSSES):
+            with contextlib.suppress(StateLost):  # Redis was emptied once more, under our hands: begin again
+                state_id = open_state(self._state, recover=self._recover, counter=counter, clock=self._clock)
+                self._pending = self._pending or new_incarnation()
+                identity = Identity(
+                    state_id=state_id, worker_id=self._worker_id, incarnation=self._pending, host=host, pid=os.getpid(), address=address
+                )
+                join(self._state, identity, ttl_ms=self._ttl_ms)
+                return identity
+        raise StateLost(
+            f"Redis lost the state of job {self._settings.job} {_MOST_LOSSES} times in a row while {self._worker_id} registered"
+        )
 
     def lost(self, known: Identity, announce: Callable[[], object]) -> bool:
         """Redis forgot ``known``: its beats end, and a thread calls ``announce`` until that succeeds.

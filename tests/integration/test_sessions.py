@@ -289,6 +289,22 @@ def test_a_registration_that_fails_once_is_tried_again(make_session: Make, own_v
     a.barrier("b")
 
 
+@pytest.mark.parametrize("losses", [1, 3])
+def test_redis_is_emptied_while_a_member_registers(make_session: Make, own_valkey: RedisServer, settings: Settings, losses: int) -> None:
+    """Under the rebuild of a first start: it begins again, and the trainer has noticed nothing."""
+    left = list(range(losses))
+
+    def recover(state_id: str) -> int:
+        if left:
+            left.pop()
+            session.state.redis.flushall()
+        return 0
+
+    session = make_session("w0", settings=replace(settings, redis_url=own_valkey.url), recover=recover)
+    assert session.start().form().world_size == 1
+    assert not left
+
+
 def test_one_that_cannot_rebuild_keeps_no_other_from_it(make_session: Make, own_valkey: RedisServer, settings: Settings) -> None:
     """Given a host that cannot read the store, when Redis was emptied, then another member rebuilds, and both are back."""
     rebuilt: list[str] = []
