@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,13 @@ class Job:
 
     def carried(self, step: int, rank: int) -> bool:
         return self.uploader.upload_part(self.settings.job, self.run, step, rank) in {"WRITING", "COMMITTED"}
+
+    def forgotten(self, raw: Any) -> None:
+        """The trainers have gone, and Redis was emptied: one that lived would register again."""
+        self.close()
+        for session in self.sessions:
+            session.close()
+        raw.delete(*raw.scan_iter(f"dtr:{{{self.settings.job}}}:*"))
 
     def close(self) -> None:
         self.uploader.close()
@@ -116,8 +124,7 @@ def test_ls_works_from_the_store_while_redis_is_down(stored, dtr):
 
 def test_ls_tells_of_commits_that_redis_forgot(stored, dtr, raw):
     """An emptied Redis: the store's commits are listed as they are, each with the remedy."""
-    for key in raw.scan_iter(f"dtr:{{{stored.settings.job}}}:*"):
-        raw.delete(key)
+    stored.forgotten(raw)
     out = dtr("ckpt", "ls", "--json", with_store=True)
     assert listed(out) == [(20, "COMMITTED", True), (10, "COMMITTED", False)]
     assert {row["reason"] for row in json.loads(out)["checkpoints"]} == {"Redis does not know it: `dtr rebuild` tells it"}
@@ -125,8 +132,7 @@ def test_ls_tells_of_commits_that_redis_forgot(stored, dtr, raw):
 
 def test_rebuild_fills_an_emptied_redis(stored, dtr, raw):
     """Afterwards the index alone tells what the store holds, and what may go, before any trainer starts; a second time changes nothing."""
-    for key in raw.scan_iter(f"dtr:{{{stored.settings.job}}}:*"):
-        raw.delete(key)
+    stored.forgotten(raw)
     for _ in range(2):
         out = dtr("rebuild", "--json", "--from", str(stored.settings.store))
         assert listed(out) == [(20, "COMMITTED", True), (10, "COMMITTED", False)]
@@ -141,7 +147,7 @@ def test_rebuild_fills_an_emptied_redis(stored, dtr, raw):
 
 def test_rebuild_from_a_store_that_holds_nothing_of_the_job_changes_nothing(stored, dtr, raw, tmp_path):
     """A misspelt URL would else make an emptied Redis a fresh job, and list what Redis knows as if the store held it."""
-    raw.delete(*raw.scan_iter(f"dtr:{{{stored.settings.job}}}:*"))
+    stored.forgotten(raw)
     assert dtr("rebuild", "--from", str(tmp_path / "misspelt"), code=1) == ""
     assert f"misspelt holds no run of job {stored.settings.job}" in dtr.err
     assert not [*raw.scan_iter(f"dtr:{{{stored.settings.job}}}:*")]
