@@ -172,11 +172,19 @@ class TestStore:
 
 
 class TestSlot:
-    def test_bytes_that_are_gone_end_the_checkpoint(self, training: Training) -> None:
-        """Someone emptied the folder: aborted with the reason, rather than waiting for ever."""
-        training.stage()
+    @pytest.mark.parametrize("when", ["before", "while its trainer makes a slot"])
+    def test_bytes_that_are_gone_end_the_checkpoint(self, training: Training, when: str) -> None:
+        """Someone emptied the folder: aborted with the reason, rather than waiting for ever, or taking a new slot's bytes for them."""
+        record = training.stage()
         (found,) = [slot for slot in scan(training.staging) if slot.kind == "STAGED"]
+        if when == "before":
+            eventually(lambda: len(list(Path(found.files.folder).glob("slot-*.safetensors"))) > 1, what="the slot made ahead")
         os.unlink(found.files.data)
+        if when != "before":
+            (arena,) = training.arenas
+            eventually(lambda: arena._warming is None or not arena._warming.is_alive(), what="the slot made ahead")
+            arena.prepare(record.size_bytes)
+            eventually(lambda: arena._warming is None or not arena._warming.is_alive(), what="another slot made ahead")
         assert training.settled() == "ABORTED"
         assert "staged bytes are gone" in training.view().reason
 

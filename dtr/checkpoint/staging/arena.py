@@ -194,9 +194,13 @@ class Arena:
         if hold is None:
             return None
         try:
-            if look(files).kind in {"STAGED", "FOREIGN"}:  # staged by another process since we looked
+            kind = look(files).kind
+            if kind in {"STAGED", "FOREIGN"}:  # staged by another process since we looked
                 hold.release()
                 return None
+            if kind == "TORN":  # before its file has the right size again: killed between the two, it would pass for staged
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(files.record)
             self._resize(files, size_bytes)
         except BaseException:
             hold.release()
@@ -283,6 +287,8 @@ class Arena:
                 if hold is None:
                     return
                 with hold:
+                    if look(files).kind not in {"FREE", "DONE"}:  # someone removed its bytes: new ones would pass for what was staged
+                        return
                     grow(files.data, size_bytes, root=self.staging, budget_bytes=self._budget_of(files), stop=lambda: self._closed)
                     self.maps.warm(files, size_bytes, stop=lambda: self._closed)
         except Stopped:
