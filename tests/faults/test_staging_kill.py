@@ -45,6 +45,18 @@ def test_a_killed_trainer_leaves_a_part_or_nothing(tmp_path: Path, name: str) ->
     assert os.listdir(tmp_path) == []
 
 
+def test_bytes_that_somebody_removed_are_not_replaced_by_others(tmp_path: Path) -> None:
+    """Given a staged slot without its bytes, when the next save takes it and is killed as soon as it has its size, no part is there."""
+    child = trainer(tmp_path)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "staged 0\n"
+    finished(child, kill=True)
+    (found,) = staged(tmp_path)
+    os.unlink(found.files.data)
+    assert finished(trainer(tmp_path, fault="stage.after_claim=kill")) == -signal.SIGKILL
+    assert staged(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", FAILPOINTS)
 def test_a_part_that_was_staged_before_stays_whole(tmp_path: Path, name: str) -> None:
     """A kill while the second slot fills, or while a finished slot fills again, touches no complete part."""

@@ -6,7 +6,7 @@
 -- ARGV
 --   1 proposed   string  state id to use if there is none
 --   2 who        string  token of this caller
---   3 lease_ms   integer how long a rebuild is left to its caller without a word from it
+--   3 lease_ms   integer how long a rebuild is left to its caller without a word from it; 0: give it up
 -- RETURNS {state_id, phase, recover_by, run_counter}; the caller rebuilds iff phase is RECOVERING and recover_by is its token
 -- ERRORS STATE_CORRUPT
 -- WRITES meta events
